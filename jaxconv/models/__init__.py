@@ -1,0 +1,1 @@
+"""Decoders, their heads and shardings, and Hugging Face checkpoints in and out."""

@@ -1,0 +1,211 @@
+"""A causal decoder of the Llama, Qwen2 and Qwen3 families in Flax NNX.
+
+NNX declares the weights; plain JAX runs them. A `Decoder` is an ordinary pytree: pass it straight
+through `jax.jit`, `jax.grad`, `optax` and `jax.tree.map`. Suffixes: B rows, T tokens, D width,
+H query heads, K key heads, G = H / K, h head width, F MLP width, V vocabulary, L layers.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxconv.models.config import DecoderConfig
+from jaxconv.models.rope import apply_rope, rope_tables
+from jaxconv.models.weights import normal, ones, weight, zeros
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
+    x_f32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
+    return (x_f32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def causal_mask(segment_ids_BT: jax.Array | None, length: int) -> jax.Array:
+    """bool [1 or B, T, T]: query t may see key s when s <= t and both are of one segment."""
+    mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids_BT is None:
+        return mask
+    return mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array):
+    """Grouped-query softmax attention; scores and softmax in float32. Returns [B, T, H, h]."""
+    b, t, heads, width = q_BTHh.shape
+    kv_heads = k_BSKh.shape[2]
+    q_BTKGh = q_BTHh.reshape(b, t, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32
+    ) * (width**-0.5)
+    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKh).reshape(b, t, heads, width)
+
+
+class Block(nnx.Module):
+    """One layer: attention and a gated MLP, each behind an RMS norm and a residual sum."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.config = config
+        d, f, h = config.embed_dim, config.mlp_dim, config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        keys = iter(jax.random.split(key, 16))
+        prefix = "model.layers.{layer}."
+        # Each layer adds two terms to the residual stream; scaling them keeps its variance.
+        residual = (2 * config.num_layers) ** -0.5
+
+        def linear(shape, axes, name, inputs, scale=1.0):
+            fan_in = 1
+            for size in shape[:inputs]:
+                fan_in *= size
+            init = normal(scale * fan_in**-0.5)
+            return weight(
+                next(keys), shape, axes=axes, hf=f"{prefix}{name}.weight", init=init, inputs=inputs
+            )
+
+        def norm(size, axis, name):
+            return weight(next(keys), (size,), axes=(axis,), hf=f"{prefix}{name}.weight", init=ones)
+
+        def bias(shape, axes, name):
+            return weight(next(keys), shape, axes=axes, hf=f"{prefix}{name}.bias", init=zeros)
+
+        self.attn_norm = norm(d, "embed", "input_layernorm")
+        q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        self.q = linear((d, heads, h), ("embed", *q_axes), "self_attn.q_proj", 1)
+        self.k = linear((d, kv_heads, h), ("embed", *kv_axes), "self_attn.k_proj", 1)
+        self.v = linear((d, kv_heads, h), ("embed", *kv_axes), "self_attn.v_proj", 1)
+        self.o = linear((heads, h, d), (*q_axes, "embed"), "self_attn.o_proj", 2, residual)
+        if config.attention_bias:
+            self.bq = bias((heads, h), q_axes, "self_attn.q_proj")
+            self.bk = bias((kv_heads, h), kv_axes, "self_attn.k_proj")
+            self.bv = bias((kv_heads, h), kv_axes, "self_attn.v_proj")
+        if config.attention_out_bias:
+            self.bo = bias((d,), ("embed",), "self_attn.o_proj")
+        if config.qk_norm:
+            self.q_norm = norm(h, "head_dim", "self_attn.q_norm")
+            self.k_norm = norm(h, "head_dim", "self_attn.k_norm")
+        self.mlp_norm = norm(d, "embed", "post_attention_layernorm")
+        self.gate = linear((d, f), ("embed", "mlp"), "mlp.gate_proj", 1)
+        self.up = linear((d, f), ("embed", "mlp"), "mlp.up_proj", 1)
+        self.down = linear((f, d), ("mlp", "embed"), "mlp.down_proj", 1, residual)
+        if config.mlp_bias:
+            self.b_gate = bias((f,), ("mlp",), "mlp.gate_proj")
+            self.b_up = bias((f,), ("mlp",), "mlp.up_proj")
+            self.b_down = bias((d,), ("embed",), "mlp.down_proj")
+
+    def qkv(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array):
+        """Normed, projected, biased and rotated q [B, T, H, h]; k and v [B, T, K, h]."""
+        config = self.config
+        x_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
+        q, k, v = (_project(x_BTD, w[...]) for w in (self.q, self.k, self.v))
+        if config.attention_bias:
+            q, k, v = (
+                x + b[...].astype(x.dtype) for x, b in ((q, self.bq), (k, self.bk), (v, self.bv))
+            )
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], config.norm_eps)
+            k = rms_norm(k, self.k_norm[...], config.norm_eps)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def attention_out(self, attended_BTHh: jax.Array) -> jax.Array:
+        """Heads back to width, [B, T, D]."""
+        b, t = attended_BTHh.shape[:2]
+        o_ND = self.o[...].reshape(-1, self.config.embed_dim)
+        out = _project(attended_BTHh.reshape(b, t, -1), o_ND)
+        return out + self.bo[...].astype(out.dtype) if self.config.attention_out_bias else out
+
+    def mlp(self, x_BTD: jax.Array) -> jax.Array:
+        """SwiGLU (Shazeer 2020, arXiv 2002.05202) of the normed input, [B, T, D]."""
+        x_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.norm_eps)
+        gate, up = _project(x_BTD, self.gate[...]), _project(x_BTD, self.up[...])
+        if self.config.mlp_bias:
+            gate = gate + self.b_gate[...].astype(gate.dtype)
+            up = up + self.b_up[...].astype(up.dtype)
+        down = _project(jax.nn.silu(gate) * up, self.down[...])
+        return down + self.b_down[...].astype(down.dtype) if self.config.mlp_bias else down
+
+    def __call__(self, x_BTD: jax.Array, mask_BTT: jax.Array, cos: jax.Array, sin: jax.Array):
+        q, k, v = self.qkv(x_BTD, cos, sin)
+        x_BTD = x_BTD + self.attention_out(attention(q, k, v, mask_BTT))
+        return x_BTD + self.mlp(x_BTD)
+
+
+def _project(x_BTD: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, D] through w [D, ...] as one flat matmul, in x's dtype."""
+    b, t, d = x_BTD.shape
+    flat = x_BTD.reshape(b * t, d) @ w.reshape(d, -1).astype(x_BTD.dtype)
+    return flat.reshape(b, t, *w.shape[1:])
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states to logits. Weights are float32; `config.dtype` is used to compute.
+
+    Args:
+        config: the architecture.
+        key: typed PRNG key for the initial weights.
+    """
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.config = config
+        embed_key, layer_key, norm_key, head_key = jax.random.split(key, 4)
+        v, d = config.vocab_size, config.embed_dim
+        init = normal(d**-0.5)
+        self.embed = weight(
+            embed_key, (v, d), axes=("vocab", "embed"), hf="model.embed_tokens.weight", init=init
+        )
+        self.layers = jax.vmap(lambda k: Block(config, k))(
+            jax.random.split(layer_key, config.num_layers)
+        )
+        self.final_norm = weight(norm_key, (d,), axes=("embed",), hf="model.norm.weight", init=ones)
+        if not config.tie_embeddings:
+            self.lm_head = weight(
+                head_key, (d, v), axes=("embed", "vocab"), hf="lm_head.weight", init=init, inputs=1
+            )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in `config.dtype`.
+
+        Args:
+            tokens_BT: int token ids in [0, V).
+            positions_BT: int position of each token; counts from 0 along the row by default.
+            segment_ids_BT: int; a token sees earlier tokens of its own segment only, so packed
+                rows do not mix and padding (segment 0) is seen by no real token.
+        """
+        config = self.config
+        x_BTD = self.embed[...].astype(config.dtype)[tokens_BT]
+        length = tokens_BT.shape[1]
+        if positions_BT is None:
+            positions_BT = jnp.arange(length)[None]
+        cos, sin = rope_tables(config, positions_BT)
+        mask = causal_mask(segment_ids_BT, length)
+
+        def layer(x_BTD, block):
+            return block(x_BTD, mask, cos, sin), None  # activations only: weights stay in place
+
+        if config.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = {
+                "dots": policies.dots_with_no_batch_dims_saveable,
+                "full": policies.nothing_saveable,
+            }[config.remat]
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=config.unroll_layers)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.layers, unroll=config.unroll_layers or 1)
+        return rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
+
+    def head(self) -> jax.Array:
+        """The output matrix [D, V], float32; the transposed embedding when they are tied."""
+        return self.embed[...].T if self.config.tie_embeddings else self.lm_head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        return jnp.einsum(
+            "...d,dv->...v",
+            hidden,
+            self.head().astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
