@@ -13,6 +13,16 @@ REMAT_POLICIES = ("none", "dots", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
+_SIZES = (
+    "vocab_size",
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+    "max_positions",
+)
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -96,9 +106,7 @@ class DecoderConfig:
         _one_of("dtype", self.dtype, COMPUTE_DTYPES)
         _one_of("stored_dtype", self.stored_dtype, STORED_DTYPES)
         _one_of("remat", self.remat, REMAT_POLICIES)
-        for name in (
-            "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim mlp_dim max_positions"
-        ).split():
+        for name in _SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise Refused(f"{name} is {value!r}; it must be a positive integer")

@@ -93,11 +93,11 @@ class Block(nnx.Module):
             self.b_up = bias((f,), ("mlp",), "mlp.up_proj")
             self.b_down = bias((d,), ("embed",), "mlp.down_proj")
 
-    def qkv(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array):
-        """Normed, projected, biased and rotated q [B, T, H, h]; k and v [B, T, K, h]."""
+    def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array):
+        """Normed, projected, biased and rotated q [..., H, h], k and v [..., K, h] of x [..., D]."""
         config = self.config
-        x_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
-        q, k, v = (_project(x_BTD, w[...]) for w in (self.q, self.k, self.v))
+        x = rms_norm(x, self.attn_norm[...], config.norm_eps)
+        q, k, v = (_project(x, w[...]) for w in (self.q, self.k, self.v))
         if config.attention_bias:
             q, k, v = (
                 x + b[...].astype(x.dtype) for x, b in ((q, self.bq), (k, self.bk), (v, self.bv))
@@ -107,17 +107,16 @@ class Block(nnx.Module):
             k = rms_norm(k, self.k_norm[...], config.norm_eps)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def attention_out(self, attended_BTHh: jax.Array) -> jax.Array:
-        """Heads back to width, [B, T, D]."""
-        b, t = attended_BTHh.shape[:2]
+    def attention_out(self, attended: jax.Array) -> jax.Array:
+        """Heads [..., H, h] back to the width, [..., D]."""
         o_ND = self.o[...].reshape(-1, self.config.embed_dim)
-        out = _project(attended_BTHh.reshape(b, t, -1), o_ND)
+        out = _project(attended.reshape(*attended.shape[:-2], -1), o_ND)
         return out + self.bo[...].astype(out.dtype) if self.config.attention_out_bias else out
 
-    def mlp(self, x_BTD: jax.Array) -> jax.Array:
-        """SwiGLU (Shazeer 2020, arXiv 2002.05202) of the normed input, [B, T, D]."""
-        x_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = _project(x_BTD, self.gate[...]), _project(x_BTD, self.up[...])
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """SwiGLU (Shazeer 2020, arXiv 2002.05202) of the normed x [..., D], [..., D]."""
+        x = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        gate, up = _project(x, self.gate[...]), _project(x, self.up[...])
         if self.config.mlp_bias:
             gate = gate + self.b_gate[...].astype(gate.dtype)
             up = up + self.b_up[...].astype(up.dtype)
@@ -130,11 +129,11 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(x_BTD)
 
 
-def _project(x_BTD: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, T, D] through w [D, ...] as one flat matmul, in x's dtype."""
-    b, t, d = x_BTD.shape
-    flat = x_BTD.reshape(b * t, d) @ w.reshape(d, -1).astype(x_BTD.dtype)
-    return flat.reshape(b, t, *w.shape[1:])
+def _project(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., D] through w [D, ...] as one flat matmul, in x's dtype."""
+    d = x.shape[-1]
+    flat = x.reshape(-1, d) @ w.reshape(d, -1).astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], *w.shape[1:])
 
 
 class Decoder(nnx.Module):
