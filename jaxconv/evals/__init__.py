@@ -1,0 +1,1 @@
+"""How a result is measured: statistics over independent units, and the report they stand in."""
