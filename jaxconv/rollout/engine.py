@@ -1,0 +1,461 @@
+"""The slot engine: many conversations at once, each with its own keys, its own cache rows and its
+own randomness.
+
+An engine owns a fixed number of slots. A slot is one row of the key-value cache and belongs to one
+token stream for as long as its conversation lasts, so a conversation costs its own tokens once,
+however many turns it has. All state on the device is one pytree; a *burst* decodes up to `burst`
+tokens for every slot that is speaking and leaves early when enough of them have ended their turn.
+`dispatch` only starts work; `collect` waits for it. A caller that dispatches the next burst before
+it collects the last keeps the device busy while it steps its environments.
+
+The last token of what a slot was given is not prefilled: it is the first input of the next burst.
+So a prefill needs no logits, and a turn's first token is sampled by the same code as all others.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxconv_kernels import sample
+
+from jaxconv.errors import Refused
+from jaxconv.models.config import DecoderConfig
+from jaxconv.models.decode import Cache, DecodeWeights, decode_step, empty_cache, prefill
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The distribution that a turn is drawn from; its log-prob is what is recorded.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      min_p: 0 is off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineShape:
+    """Sizes that are compiled into an engine.
+
+    Attributes:
+      slots: rows of the cache.
+      lengths: cache lengths, ascending. The cache grows from one to the next when a stream needs
+        it; the last one is where a stream ends.
+      burst: most tokens that one dispatch decodes in a slot.
+      leave: fraction of the slots speaking at the start of a burst after whose end the burst leaves
+          early.
+      prefill_rows: row counts of a prefill, ascending.
+      prefill_tokens: token counts of a prefill, ascending; longer pieces take several.
+    """
+
+    slots: int = 64
+    lengths: tuple[int, ...] = (128, 256)
+    burst: int = 32
+    leave: float = 0.75
+    prefill_rows: tuple[int, ...] = (16, 64)
+    prefill_tokens: tuple[int, ...] = (16, 64)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """What the device knows of the slots, [B] each.
+
+    Attributes:
+      cache: keys and values of positions [0, length).
+      token: int32, the token at position `length`, not yet in the cache.
+      length: int32.
+      budget: int32, tokens that the turn may still sample.
+      speaking: bool.
+      key: uint32 [B, 2], key data of each slot's stream.
+    """
+
+    cache: Cache
+    token: jax.Array
+    length: jax.Array
+    budget: jax.Array
+    speaking: jax.Array
+    key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BurstLog:
+    """What one burst sampled.
+
+    Attributes:
+        token: int32 [B, burst]; the first `count` of each row are real, as below.
+        logprob: float32 [B, burst].
+        value: float32 [B, burst].
+        count: int32 [B].
+        speaking: bool [B], whose turn goes on.
+        steps: int32, decode steps taken.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    value: jax.Array
+    count: jax.Array
+    speaking: jax.Array
+    steps: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One finished turn of a slot.
+
+    Attributes:
+      slot: whose turn it was.
+      tokens: sampled ids, the end token included when there is one.
+      logprobs: log-prob of each under the distribution it was sampled from, float32.
+      values: critic before each token, float32.
+      end: "stop" (the end token was sampled), "budget" (turn length) or "cache" (the stream is
+          full).
+    """
+
+    slot: int
+    tokens: list[int]
+    logprobs: list[float]
+    values: list[float]
+    end: str
+
+
+@functools.partial(jax.jit, static_argnames=("config", "burst"), donate_argnames=("state",))
+def _burst(
+    weights: DecodeWeights,
+    state: SlotState,
+    sampling_4: jax.Array,
+    stop_ids: jax.Array,
+    leave: jax.Array,
+    *,
+    config: DecoderConfig,
+    burst: int,
+) -> tuple[SlotState, BurstLog]:
+    rows = jnp.arange(state.token.shape[0])
+    temperature, top_k, top_p, min_p = (jnp.full(rows.shape, s) for s in sampling_4)
+    stay = state.speaking.sum() * (1.0 - leave)
+
+    def unfinished(carry):
+        step, state, _ = carry
+        speaking = state.speaking.sum()
+        return (step < burst) & (speaking > 0) & ((step == 0) | (speaking > stay))
+
+    def decode(carry):
+        step, state, log = carry
+        with jax.named_scope("decode_step"):
+            hidden_BD, cache = decode_step(weights, config, state.cache, state.token, state.length)
+        logits_BV = jnp.dot(hidden_BD, weights.head, preferred_element_type=jnp.float32)
+        position = state.length + 1
+        with jax.named_scope("sample"):
+            keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key), position)
+            drawn = sample(
+                logits_BV,
+                keys,
+                temperature=temperature,
+                top_k=top_k.astype(jnp.int32),
+                top_p=top_p,
+                min_p=min_p,
+            )
+        value = hidden_BD.astype(jnp.float32) @ weights.value_kernel + weights.value_bias
+        speaking = state.speaking
+        # Rows that do not speak write past the end of the log and are dropped.
+        at = (rows, jnp.where(speaking, log.count, burst))
+        log = BurstLog(
+            token=log.token.at[at].set(drawn.token, mode="drop"),
+            logprob=log.logprob.at[at].set(drawn.logprob_processed, mode="drop"),
+            value=log.value.at[at].set(value, mode="drop"),
+            count=log.count + speaking,
+            speaking=log.speaking,
+            steps=step + 1,
+        )
+        budget = state.budget - speaking
+        ended = (drawn.token[:, None] == stop_ids).any(-1)
+        state = SlotState(
+            cache=cache,
+            token=jnp.where(speaking, drawn.token, state.token),
+            length=state.length + speaking,
+            budget=budget,
+            speaking=speaking & ~ended & (budget > 0),
+            key=state.key,
+        )
+        return step + 1, state, log
+
+    empty = BurstLog(
+        token=jnp.zeros((len(rows), burst), jnp.int32),
+        logprob=jnp.zeros((len(rows), burst), jnp.float32),
+        value=jnp.zeros((len(rows), burst), jnp.float32),
+        count=jnp.zeros(len(rows), jnp.int32),
+        speaking=state.speaking,
+        steps=jnp.int32(0),
+    )
+    _, state, log = jax.lax.while_loop(unfinished, decode, (jnp.int32(0), state, empty))
+    return state, dataclasses.replace(log, speaking=state.speaking)
+
+
+_prefill = jax.jit(prefill, static_argnames=("config",), donate_argnames=("cache",))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _give_turns(
+    state: SlotState, run_key, rows_N, stream_N, token_N, length_N, budget_N
+) -> SlotState:
+    """Gives rows their next input token and lets them speak; rows outside the state are padding."""
+    keys = jax.vmap(lambda stream: jax.random.key_data(jax.random.fold_in(run_key, stream)))
+
+    def put(old, new):
+        return old.at[rows_N].set(new, mode="drop")
+
+    return SlotState(
+        cache=state.cache,
+        token=put(state.token, token_N),
+        length=put(state.length, length_N),
+        budget=put(state.budget, budget_N),
+        speaking=put(state.speaking, True),
+        key=put(state.key, keys(stream_N)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def _grow(cache: Cache, *, length: int) -> Cache:
+    return jax.tree.map(
+        lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, length - c.shape[2]), (0, 0))), cache
+    )
+
+
+@dataclasses.dataclass
+class _Slot:
+    """What the host knows of one slot: its stream, how much of it is cached, and the turn under
+    way.
+    """
+
+    stream: int
+    cached: int = 0  # tokens in the cache when the slot last spoke or heard something
+    tail: list[int] = dataclasses.field(default_factory=list)  # known, not cached
+    budget: int = 0  # tokens that the turn under way may still sample; 0 when silent
+    closing: bool = False  # its stream is over, though the turn under way is not
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    values: list[float] = dataclasses.field(default_factory=list)
+
+
+class Engine:
+    """Slots and their cache for one set of weights.
+
+    Args:
+        config: the decoder's architecture.
+        shape: compiled sizes.
+        stop_ids: tokens that end a turn.
+        key: typed key of the run. A stream's randomness is folded from it by stream id and then by
+            position, so its text does not depend on its slot or on what else is in the batch.
+        sampling: how turns are drawn; may be replaced at any time without a new compilation.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        shape: EngineShape,
+        *,
+        stop_ids: Sequence[int],
+        key: jax.Array,
+        sampling: Sampling | None = None,
+    ):
+        if shape.lengths[-1] > config.max_positions:
+            raise Refused(
+                f"engine cache length is {shape.lengths[-1]}; "
+                f"the model has {config.max_positions} positions"
+            )
+        if list(shape.lengths) != sorted(set(shape.lengths)):
+            raise Refused(f"engine cache lengths are {shape.lengths}; they must ascend")
+        self.config, self.shape = config, shape
+        self.sampling = sampling or Sampling()
+        self.weights: DecodeWeights | None = None
+        self._key = key
+        self._stop = frozenset(stop_ids)
+        self._stop_ids = jnp.asarray(sorted(self._stop), jnp.int32)
+        self.reset()
+
+    def reset(self) -> None:
+        """Frees every slot and forgets everything but the weights."""
+        b = self.shape.slots
+        self._state = SlotState(
+            cache=empty_cache(self.config, b, self.shape.lengths[0]),
+            token=jnp.zeros(b, jnp.int32),
+            length=jnp.zeros(b, jnp.int32),
+            budget=jnp.zeros(b, jnp.int32),
+            speaking=jnp.zeros(b, bool),
+            key=jnp.zeros((b, 2), jnp.uint32),
+        )
+        self._free = list(range(b - 1, -1, -1))
+        self._slots: dict[int, _Slot] = {}
+        self._waiting: list[int] = []
+        self._flying: collections.deque[BurstLog] = collections.deque()
+        self.steps = 0  # slot-steps decoded, idle slots included: the denominator of occupancy
+        self.sampled = 0  # tokens sampled
+
+    @property
+    def free(self) -> int:
+        """Slots that no stream holds."""
+        return len(self._free)
+
+    @property
+    def speaking(self) -> bool:
+        """Whether any slot has a turn under way, as far as the host has seen."""
+        return any(slot.budget for slot in self._slots.values())
+
+    @property
+    def flying(self) -> int:
+        """Bursts dispatched and not yet collected."""
+        return len(self._flying)
+
+    def open(self, stream: int) -> int:
+        """Takes a free slot for a new stream. `stream` is unique in the run, below 2**32."""
+        slot = self._free.pop()
+        self._slots[slot] = _Slot(stream)
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Ends the slot's stream. A slot that is speaking is freed when that turn has ended, unseen."""
+        if self._slots[slot].budget:
+            self._slots[slot].closing = True
+        else:
+            del self._slots[slot]
+            self._free.append(slot)
+
+    def room(self, slot: int) -> int:
+        """Tokens that the slot's stream can still take before its cache is full."""
+        held = self._slots[slot]
+        return self.shape.lengths[-1] - held.cached - len(held.tail) - 1
+
+    def say(self, slot: int, tokens: Sequence[int], budget: int) -> None:
+        """Appends what the slot's stream has heard and lets it speak for at most `budget` tokens.
+
+        The last sampled token of its previous turn is already part of the stream.
+
+        Raises:
+            ValueError: the slot is speaking, or `tokens` and one sampled token exceed `room`.
+        """
+        held = self._slots[slot]
+        if held.budget:
+            raise ValueError(f"slot {slot} is speaking already")
+        if not tokens or len(tokens) > self.room(slot):
+            raise ValueError(f"slot {slot}: {len(tokens)} tokens for room {self.room(slot)}")
+        held.tail += tokens
+        held.budget = min(budget, self.room(slot) + 1)
+        self._waiting.append(slot)
+
+    def dispatch(self) -> None:
+        """Starts the prefills that wait and one burst; returns at once."""
+        if self._waiting:
+            self._grow_for(self._waiting)
+            self._prefill(self._waiting)
+            self._give_turns(self._waiting)
+            self._waiting = []
+        s = self.sampling
+        self._state, log = _burst(
+            self.weights,
+            self._state,
+            np.array([s.temperature, s.top_k, s.top_p, s.min_p], np.float32),
+            self._stop_ids,
+            np.float32(self.shape.leave),
+            config=self.config,
+            burst=self.shape.burst,
+        )
+        self._flying.append(log)
+
+    def collect(self) -> list[Turn]:
+        """Waits for the oldest burst under way and returns the turns that ended in it."""
+        log = jax.device_get(self._flying.popleft())
+        self.steps += int(log.steps) * self.shape.slots
+        self.sampled += int(log.count.sum())
+        turns = []
+        for slot in np.flatnonzero(log.count).tolist():
+            held, n = self._slots[slot], int(log.count[slot])
+            held.tokens += log.token[slot, :n].tolist()
+            held.logprobs += log.logprob[slot, :n].tolist()
+            held.values += log.value[slot, :n].tolist()
+            held.budget -= n
+            if log.speaking[slot]:
+                continue
+            if held.closing:
+                held.budget = 0
+                self.close(slot)
+                continue
+            end = "budget" if held.cached + len(held.tokens) < self._last else "cache"
+            end = "stop" if held.tokens[-1] in self._stop else end
+            turns.append(Turn(slot, held.tokens, held.logprobs, held.values, end))
+            held.cached += len(held.tokens)
+            held.tail, held.budget = [held.tokens[-1]], 0
+            held.tokens, held.logprobs, held.values = [], [], []
+        return turns
+
+    @property
+    def _last(self) -> int:
+        return self.shape.lengths[-1] - 1
+
+    def _grow_for(self, slots: Sequence[int]) -> None:
+        """Pads the cache to the bucket that holds these turns to the end of their budget."""
+        need = max(
+            held.cached + len(held.tail) + held.budget
+            for held in (self._slots[slot] for slot in slots)
+        )
+        length = next(n for n in self.shape.lengths if n >= need)
+        if length > self._state.cache[0][0].shape[2]:
+            cache = _grow(self._state.cache, length=length)
+            self._state = dataclasses.replace(self._state, cache=cache)
+
+    def _prefill(self, slots: Sequence[int]) -> None:
+        """Writes all but the last known token of each slot to the cache, piece by piece."""
+        widest = self.shape.prefill_tokens[-1]
+        pieces = dict.fromkeys(slots, 0)  # tokens of the tail already written
+        while pieces:
+            by_width: dict[int, list[tuple[int, int, int]]] = {}
+            for slot, done in list(pieces.items()):
+                count = min(len(self._slots[slot].tail) - 1 - done, widest)
+                if count <= 0:
+                    del pieces[slot]
+                    continue
+                width = next(w for w in self.shape.prefill_tokens if w >= count)
+                by_width.setdefault(width, []).append((slot, done, count))
+                pieces[slot] = done + count
+            for width, rows in sorted(by_width.items()):
+                for i in range(0, len(rows), self.shape.prefill_rows[-1]):
+                    self._prefill_rows(rows[i : i + self.shape.prefill_rows[-1]], width)
+
+    def _prefill_rows(self, rows: Sequence[tuple[int, int, int]], width: int) -> None:
+        n = next(r for r in self.shape.prefill_rows if r >= len(rows))
+        tokens = np.zeros((n, width), np.int32)
+        # Padding rows lie outside the cache, each at a place of its own.
+        at = np.arange(self.shape.slots, self.shape.slots + n, dtype=np.int32)
+        start, count = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        for i, (slot, done, size) in enumerate(rows):
+            held = self._slots[slot]
+            tokens[i, :size] = held.tail[done : done + size]
+            at[i], start[i], count[i] = slot, held.cached + done, size
+        cache = _prefill(
+            self.weights, self.config, self._state.cache, tokens, at, start, count
+        )
+        self._state = dataclasses.replace(self._state, cache=cache)
+
+    def _give_turns(self, slots: Sequence[int]) -> None:
+        b = self.shape.slots
+        rows = np.arange(b, 2 * b, dtype=np.int32)
+        stream, token = np.zeros(b, np.uint32), np.zeros(b, np.int32)
+        length, budget = np.zeros(b, np.int32), np.zeros(b, np.int32)
+        for i, slot in enumerate(slots):
+            held = self._slots[slot]
+            held.cached += len(held.tail) - 1
+            rows[i], stream[i], token[i] = slot, held.stream, held.tail[-1]
+            length[i], budget[i] = held.cached, held.budget
+            held.tail = []
+        self._state = _give_turns(self._state, self._key, rows, stream, token, length, budget)

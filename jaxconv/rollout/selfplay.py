@@ -1,0 +1,303 @@
+"""Conversations on engines: many games at once, each seat played by a model or by a script.
+
+The host keeps one burst in flight: while the device decodes it, the host reads the one before, steps
+the environments and queues what each agent has heard. A policy may own several engines ("lanes").
+The agents of a game sit in different lanes, so that a lane decodes while the others listen and its
+slots are not held idle by agents whose turn it is not.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from jaxconv.data.conversation import Message
+from jaxconv.data.template import ChatTemplate
+from jaxconv.envs.base import Env, Player, Step
+from jaxconv.rollout.engine import Engine, Turn
+from jaxconv.rollout.stream import Stream
+
+MAX_AGENTS = 16
+"""Stream ids are game id × MAX_AGENTS + seat."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """One conversation to be played.
+
+    Attributes:
+        id: unique in the run, below 2**28.
+        seed: what the environment is reset with.
+        cast: who plays seat 0, 1, …: the name of a policy, or of a script; the last one plays all
+            further seats.
+    """
+
+    id: int
+    seed: int
+    cast: tuple[str, ...]
+
+    def player(self, seat: int) -> str:
+        return self.cast[min(seat, len(self.cast) - 1)]
+
+
+@dataclasses.dataclass
+class Played:
+    """A finished conversation.
+
+    Attributes:
+        game: what was asked for.
+        agents: names in seat order.
+        teams: team of each seat.
+        streams: of each seat; empty where a script played.
+        turn_rewards: reward of each own turn, by seat.
+        texts: words of each own turn, by seat.
+        valid: whether each own turn was understood, by seat.
+        rewards: sum of each seat's rewards, turns or not.
+        infos: what the environment measured for each seat at the end.
+        transcript: (seat, words) in the order spoken.
+        brief: the system message of each seat.
+        truncated: cut from outside with the outcome unknown (a stream reached its cache's end).
+    """
+
+    game: Game
+    agents: tuple[str, ...]
+    teams: tuple[str, ...]
+    streams: list[Stream]
+    turn_rewards: list[list[float]]
+    texts: list[list[str]]
+    valid: list[list[bool]]
+    rewards: list[float]
+    infos: list[dict]
+    transcript: list[tuple[int, str]]
+    brief: list[str]
+    truncated: bool = False
+
+
+@dataclasses.dataclass
+class _Live:
+    """A game under way."""
+
+    env: Env
+    played: Played
+    lanes: dict[int, tuple[int, int]]  # seat -> (engine index, slot); scripts have none
+    scripts: dict[int, Player]
+    heard: list[list[Message]]  # by seat, not yet told to it
+    cut: list[bool]  # by seat: its last turn ended without the end token
+    to_act: tuple[int, ...] = ()
+    actions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class SelfPlay:
+    """Plays games to their end.
+
+    Args:
+        make_env: a new environment.
+        make_script: (name, env, agent, seed) to a player, for casts that name no policy.
+        template: how messages become tokens.
+        policies: engines of each policy; their weights must be set before `play`.
+        turn_budget: most tokens a turn may have.
+        concurrent: games under way at once; limited by the engines' slots too.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], Env],
+        make_script: Callable[[str, Env, str, int], Player],
+        template: ChatTemplate,
+        policies: Mapping[str, Sequence[Engine]],
+        *,
+        turn_budget: int,
+        concurrent: int,
+    ):
+        self._make_env, self._make_script, self._template = make_env, make_script, template
+        self._engines: list[Engine] = []
+        self._lanes: dict[str, list[int]] = {}
+        for name, engines in policies.items():
+            self._lanes[name] = list(range(len(self._engines), len(self._engines) + len(engines)))
+            self._engines += engines
+        self._turn_budget, self._concurrent = turn_budget, concurrent
+        self._queue: collections.deque[Game] = collections.deque()
+        self._live: dict[int, _Live] = {}
+        self._owner: dict[tuple[int, int], tuple[int, int]] = {}  # (engine, slot) -> (game, seat)
+        self._flying: collections.deque[int] = collections.deque()
+        self._next = 0
+        self.finished: list[Played] = []
+
+    def play(self, games: Sequence[Game]) -> list[Played]:
+        """Plays all games; results are in the order of `games`."""
+        self.start(games)
+        while self.advance():
+            pass
+        return self.results(games)
+
+    def start(self, games: Sequence[Game]) -> None:
+        """Queues games on freed engines."""
+        for engine in self._engines:
+            engine.reset()
+        self._queue = collections.deque(games)
+        self.finished = []
+
+    def results(self, games: Sequence[Game]) -> list[Played]:
+        """The finished games in the order of `games`."""
+        by_id = {played.game.id: played for played in self.finished}
+        return [by_id[game.id] for game in games]
+
+    def advance(self) -> bool:
+        """Starts at most one burst and reads at most one; False when every game is over."""
+        self._admit()
+        index = self._next
+        self._next = (self._next + 1) % max(len(self._engines), 1)
+        started = bool(self._engines) and self._engines[index].speaking
+        if started:
+            self._engines[index].dispatch()
+            self._flying.append(index)
+        if self._flying and (len(self._flying) > 1 or not started):
+            index = self._flying.popleft()
+            for turn in self._engines[index].collect():
+                self._spoke(index, turn)
+        return bool(self._queue or self._live or self._flying)
+
+    def _admit(self) -> None:
+        while self._queue and len(self._live) < self._concurrent:
+            game = self._queue[0]
+            env = self._make_env()
+            step = env.reset(game.seed)
+            lanes = self._seat(game, env, step)
+            if lanes is None:
+                return
+            self._queue.popleft()
+            n = len(env.agents)
+            scripts = {
+                seat: self._make_script(
+                    game.player(seat), env, agent, game.seed * MAX_AGENTS + seat
+                )
+                for seat, agent in enumerate(env.agents)
+                if seat not in lanes
+            }
+            played = Played(
+                game=game,
+                agents=env.agents,
+                teams=tuple(env.teams[agent] for agent in env.agents),
+                streams=[Stream() for _ in range(n)],
+                turn_rewards=[[] for _ in range(n)],
+                texts=[[] for _ in range(n)],
+                valid=[[] for _ in range(n)],
+                rewards=[0.0] * n,
+                infos=[{}] * n,
+                transcript=[],
+                brief=[""] * n,
+            )
+            live = _Live(env, played, lanes, scripts, [[] for _ in range(n)], [False] * n)
+            self._live[game.id] = live
+            self._take(live, step)
+
+    def _seat(self, game: Game, env: Env, step: Step) -> dict[int, tuple[int, int]] | None:
+        """Opens a slot for every seat that a policy plays, or returns None while they do not fit.
+
+        Lanes follow the speaking order, counted from whoever speaks first, so that agents who speak
+        after each other decode in different lanes; every second game starts in other lanes.
+        """
+        n = len(env.agents)
+        first = env.agents.index(step.to_act[0])
+        wanted: dict[int, int] = {}
+        for seat in range(n):
+            lanes = self._lanes.get(game.player(seat))
+            if lanes:
+                wanted[seat] = lanes[(2 * game.id + (seat - first) % n) % len(lanes)]
+        need = collections.Counter(wanted.values())
+        if any(self._engines[index].free < count for index, count in need.items()):
+            return None
+        lanes = {}
+        for seat, index in wanted.items():
+            slot = self._engines[index].open(game.id * MAX_AGENTS + seat)
+            lanes[seat] = (index, slot)
+            self._owner[index, slot] = (game.id, seat)
+        return lanes
+
+    def _take(self, live: _Live, step: Step) -> None:
+        """Books what a step brought and lets the next agents speak; scripts answer at once."""
+        while True:
+            agents = live.played.agents
+            for agent, messages in step.observations.items():
+                seat = agents.index(agent)
+                live.heard[seat] += messages
+                for message in messages:
+                    if message.role == "system":
+                        live.played.brief[seat] = message.content
+            self._book(live.played, step)
+            if not step.to_act:
+                live.played.truncated = step.truncated
+                self._end(live)
+                return
+            live.to_act = tuple(agents.index(agent) for agent in step.to_act)
+            live.actions = {}
+            for seat in live.to_act:
+                if seat in live.lanes:
+                    if not self._tell(live, seat):
+                        live.played.truncated = True
+                        self._end(live)
+                        return
+                else:
+                    text = live.scripts[seat].act(live.heard[seat])
+                    live.heard[seat] = []
+                    self._act(live, seat, text)
+            if len(live.actions) < len(live.to_act):
+                return
+            step = live.env.step(live.actions)
+
+    def _book(self, played: Played, step: Step) -> None:
+        for seat, agent in enumerate(played.agents):
+            reward = float(step.rewards.get(agent, 0.0))
+            played.rewards[seat] += reward
+            if played.turn_rewards[seat]:
+                played.turn_rewards[seat][-1] += reward
+            played.infos[seat] = info = step.infos.get(agent, {})
+            if "valid" in info and len(played.valid[seat]) < len(played.texts[seat]):
+                played.valid[seat].append(bool(info["valid"]))
+
+    def _tell(self, live: _Live, seat: int) -> bool:
+        """Appends what a seat has heard to its stream and lets it speak; False if it does not fit."""
+        template, stream = self._template, live.played.streams[seat]
+        index, slot = live.lanes[seat]
+        engine = self._engines[index]
+        ids: list[int] = []
+        if stream.turns:
+            ids += [template.end] if live.cut[seat] else []
+            ids += template.after_end
+        ids += template.render(live.heard[seat])
+        ids += template.reply
+        live.heard[seat] = []
+        if len(ids) > engine.room(slot):
+            return False
+        stream.hear(ids)
+        engine.say(slot, ids, self._turn_budget)
+        return True
+
+    def _spoke(self, index: int, turn: Turn) -> None:
+        game, seat = self._owner[index, turn.slot]
+        live = self._live[game]
+        live.played.streams[seat].say(turn.tokens, turn.logprobs, turn.values)
+        live.cut[seat] = turn.end != "stop"
+        if turn.end == "cache":
+            live.played.truncated = True
+            live.played.turn_rewards[seat].append(0.0)
+            live.played.texts[seat].append(self._template.decode(turn.tokens))
+            live.played.valid[seat].append(False)
+            self._end(live)
+            return
+        self._act(live, seat, self._template.decode(turn.tokens))
+        if len(live.actions) == len(live.to_act):
+            self._take(live, live.env.step(live.actions))
+
+    def _act(self, live: _Live, seat: int, text: str) -> None:
+        played = live.played
+        played.texts[seat].append(text)
+        played.turn_rewards[seat].append(0.0)
+        played.transcript.append((seat, text))
+        live.actions[played.agents[seat]] = text
+
+    def _end(self, live: _Live) -> None:
+        for index, slot in live.lanes.values():
+            del self._owner[index, slot]
+            self._engines[index].close(slot)
+        del self._live[live.played.game.id]
+        self.finished.append(live.played)

@@ -1,0 +1,79 @@
+"""One optimizer step from any number of micro-batches, with one division for the whole batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxconv.objectives.metrics import Metrics
+from jaxconv.train.state import TrainState
+
+Loss = Callable[..., tuple[jax.Array, jax.Array, Metrics]]
+"""(model, micro-batch, *constants) to (sum, denominator, metrics), as every objective returns."""
+
+
+def accumulate(loss: Loss, model: Any, batches: Any, count: jax.Array, *constants):
+    """Gradients of the first `count` micro-batches, summed.
+
+    Args:
+        loss: the objective.
+        model: differentiated.
+        batches: a pytree whose arrays have a leading axis over micro-batches.
+        count: int32; what lies behind it is padding and costs nothing.
+        *constants: passed on to every micro-batch.
+
+    Returns:
+        (gradient of the summed loss, summed denominator, merged metrics).
+    """
+
+    def value(model, batch):
+        total, denominator, metrics = loss(model, batch, *constants)
+        return total, (denominator, metrics)
+
+    gradient = jax.grad(value, has_aux=True)
+
+    def body(i, carry):
+        gradients, denominator, metrics = carry
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
+        new, (n, m) = gradient(model, batch)
+        return jax.tree.map(jnp.add, gradients, new), denominator + n, metrics.merge(m)
+
+    shapes = jax.eval_shape(gradient, model, jax.tree.map(lambda x: x[0], batches))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    gradients, (denominator, metrics) = zeros
+    metrics = Metrics(
+        metrics.sums, jax.tree.map(lambda x: jnp.full(x.shape, -jnp.inf, x.dtype), metrics.maxima)
+    )
+    return jax.lax.fori_loop(0, count, body, (gradients, denominator, metrics))
+
+
+def make_update(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    scale_gradients: Callable[[Any, jax.Array], Any] | None = None,
+):
+    """A jitted `update(state, batches, count, *constants)` that donates `state`.
+
+    It returns `(state, denominator, metrics)`; the metrics are merged but not divided, with
+    `gradient_norm` of the mean loss, before clipping, among the maxima.
+
+    Args:
+        loss: the objective.
+        optimizer: what turns the gradient of the mean loss into an update.
+        scale_gradients: (gradients, *constants) to gradients, for parts that rest for a while.
+    """
+
+    def update(state: TrainState, batches: Any, count: jax.Array, *constants):
+        gradients, denominator, metrics = accumulate(loss, state.model, batches, count, *constants)
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1.0), gradients)
+        if scale_gradients is not None:
+            gradients = scale_gradients(gradients, *constants)
+        norm = optax.global_norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics = Metrics(metrics.sums, {**metrics.maxima, "gradient_norm": norm})
+        return TrainState(model, opt_state), denominator, metrics
+
+    return jax.jit(update, donate_argnums=(0,))
