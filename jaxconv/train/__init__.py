@@ -1,1 +1,1 @@
-"""Training machinery that every recipe shares: the folder of a run, checkpoints, metrics, profiling."""
+"""Training machinery that every recipe shares: workdir, checkpoints, metrics, profiling."""

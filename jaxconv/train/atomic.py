@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxconv.errors import Failed
 
-# What an operating system says when there is no room: the device, the quota, or the file-size limit.
+# What an operating system says when there is no room: device, quota, file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = tuple(os.strerror(code) for code in _FULL)
 

@@ -1,8 +1,9 @@
-"""Checkpoints: a pytree of arrays and a JSON-able dictionary a step, saved by Orbax in the background.
+"""Checkpoints: a pytree of arrays and a JSON-able dictionary a step, saved in the background.
 
-On disk a step is `<folder>/<step>/arrays` (OCDBT, one entry a leaf, named by its path in the pytree,
-such as `model/layers/attention/query`) and `<folder>/<step>/host` (JSON). Orbax writes a step under a
-temporary name and renames it when it is whole, so a kill in the middle leaves the steps before it.
+On disk a step is `<folder>/<step>/arrays` (Orbax's OCDBT, one entry a leaf, named by its path in
+the pytree, such as `model/layers/attention/query`) and `<folder>/<step>/host` (JSON). Orbax writes
+a step under a temporary name and renames it when it is whole, so a kill in the middle leaves the
+steps before it.
 """
 
 import json
@@ -48,7 +49,7 @@ class Checkpoints:
             )
 
     def save(self, step: int, arrays: PyTree, host: dict[str, Any]) -> None:
-        """Saves a step; returns when both arguments may be changed or donated, before it is on disk.
+        """Saves a step. It is on disk later; both arguments may be changed or donated at once.
 
         Args:
             step: larger than every step saved before.
@@ -214,7 +215,8 @@ def _stored(leaf: Any) -> Any:
     """What Orbax gets: integers instead of typed keys, and a copy on the host where that can be.
 
     Numpy arrays cost the calling thread half of what jax arrays do, and the copy lets the caller
-    donate its buffers at once. Arrays of several processes stay jax arrays: each owner writes its part.
+    donate its buffers at once. Arrays of several processes stay jax arrays: each owner writes its
+    part.
     """
     if isinstance(leaf, jax.Array):
         if _is_key(leaf):
@@ -225,7 +227,7 @@ def _stored(leaf: Any) -> Any:
 
 
 def _target(leaf: Any) -> Any:
-    """What Orbax shall read: arrays that live over several devices as such, all others on the host."""
+    """What Orbax shall read: arrays laid out on a mesh as such, all others on the host."""
     # The data of typed keys has one more axis, at the end; the same specification leaves it whole.
     data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     sharding = getattr(leaf, "sharding", None)

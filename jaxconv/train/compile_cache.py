@@ -1,6 +1,6 @@
 """The persistent compile cache, and how long a run spent compiling.
 
-A run of some minutes on a CPU can spend most of them in XLA; with the cache its second start does not.
+A run of some minutes on a CPU can spend most of them in XLA; started again, it reads the cache.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def stats() -> CompileStats:
 def enable() -> Path | None:
     """Turns the cache on and starts counting. Call it before the first compilation.
 
-    `JAX_COMPILATION_CACHE_DIR` is respected; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
+    `JAX_COMPILATION_CACHE_DIR` is respected; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     The default is a folder of the user for this jax and this CPU: XLA stores machine code, which
     another CPU may not be able to run.
 
@@ -70,7 +70,7 @@ def enable() -> Path | None:
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/jaxconv/xla/<jax and jaxlib versions>-<host>`, `~/.cache` without the variable."""
+    """`$XDG_CACHE_HOME/jaxconv/xla/<versions>-<host>`, under `~/.cache` without the variable."""
     import jax
     import jaxlib
 

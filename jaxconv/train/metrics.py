@@ -1,4 +1,4 @@
-"""Numbers of a run: `metrics.jsonl` and TensorBoard, where each step of a stage stands exactly once."""
+"""Numbers of a run, in `metrics.jsonl` and TensorBoard: each step of a stage exactly once."""
 
 import json
 import math
@@ -13,8 +13,9 @@ from jaxconv.train.workdir import Workdir
 class MetricsWriter:
     """Appends the records of one stage; made anew for each stage, also after a resume.
 
-    Write the record of a step before the checkpoint of that step is saved: then, whenever the run is
-    killed, no step is missing, and those after the restored one are dropped here and written again.
+    Write the record of a step before the checkpoint of that step is saved: then, whenever the run
+    is killed, no step is missing, and those after the restored one are dropped here and written
+    again.
 
     Args:
         workdir: only its writer process writes; elsewhere all calls do nothing.
@@ -34,7 +35,7 @@ class MetricsWriter:
 
         with atomic.disk_full_is_failure(self._path):
             self._drop_after(self._last_step)
-            self._file = open(self._path, "a", encoding="utf-8")
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (close() does)
             # A folder a stage, because purging hides later steps of everything in the folder.
             self._tensorboard = SummaryWriter(
                 str(workdir.tensorboard / stage), purge_step=self._last_step + 1, flush_secs=10
@@ -45,8 +46,8 @@ class MetricsWriter:
 
         Args:
             step: larger than that of the record before.
-            metrics: scalars by name (`"reward/mean"`): Python or numpy numbers or 0-d arrays. A value
-                that is not finite is `null` in the file, which is strict JSON.
+            metrics: scalars by name (`"reward/mean"`): Python or numpy numbers or 0-d arrays. A
+                value that is not finite is `null` in the file, which is strict JSON.
         """
         if step <= self._last_step:
             raise ValueError(
@@ -98,8 +99,8 @@ class MetricsWriter:
 
 
 def read(workdir: Workdir, stage: str | None = None) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl` in order, those of one stage if it is given. A torn last line, as
-    a kill leaves it, is left out."""
+    """The records of `metrics.jsonl` in order, those of one stage if it is given. A torn last
+    line, as a kill leaves it, is left out."""
     if not workdir.metrics.exists():
         return []
     lines = workdir.metrics.read_bytes().splitlines(keepends=True)

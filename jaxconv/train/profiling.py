@@ -27,10 +27,10 @@ def parse_steps(text: str, *, field: str = "config.profile.steps") -> range | No
 class Profiler:
     """Traces the steps `steps` of a stage into `<workdir>/tensorboard/<stage>`.
 
-    Wrap every step of the loop in `with profiler.step(number):`. Each step is marked with its number
-    in the trace. The body should wait for its results: what still runs on the device when the last
-    traced step ends is not in the trace. The trace is written when that step ends, also by an
-    exception.
+    Wrap every step of the loop in `with profiler.step(number):`. Each step is marked with its
+    number in the trace. The body should wait for its results: what still runs on the device when
+    the last traced step ends is not in the trace. The trace is written when that step ends, also by
+    an exception.
     """
 
     def __init__(self, workdir: Workdir, stage: str, steps: range | None):

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a live bar in a terminal, a plain line now and then elsewhere."""
+"""What a person sees of a stage: a live bar in a terminal, elsewhere a line now and then."""
 
 import time
 from collections.abc import Mapping

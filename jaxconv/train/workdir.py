@@ -23,9 +23,9 @@ class Workdir:
 
     Args:
         path: the folder; made when it is not there. A folder with foreign files is refused.
-        writer: whether this process writes (process 0 of a run). The writer takes an exclusive lock,
-            which the operating system frees when the process ends, however it ends; all others only
-            read, and their `MetricsWriter` and reports do nothing.
+        writer: whether this process writes (process 0 of a run). The writer takes an exclusive
+            lock, which the operating system frees when the process ends, however it ends; all
+            others only read, and their `MetricsWriter` and reports do nothing.
 
     Raises:
         Refused: another process holds the folder, or it has files but is no workdir.
@@ -109,10 +109,6 @@ class Workdir:
     @property
     def report(self) -> Path:
         return self.path / "report.json"
-
-    @property
-    def report_markdown(self) -> Path:
-        return self.path / "report.md"
 
     @property
     def error_log(self) -> Path:
