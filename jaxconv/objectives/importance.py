@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxconv.objectives import masked
-
-# exp(20) is far past any useful cap; the clip keeps a broken log-prob from becoming an infinity.
-LOG_RATIO_LIMIT = 20.0
+from jaxconv.objectives.kl import LOG_RATIO_LIMIT, k3
 
 
 def truncated_importance_weights(
@@ -36,8 +34,9 @@ def truncated_importance_weights(
     """
     if cap < 1.0:
         raise ValueError(f"cap is {cap}; it must be at least 1")
-    difference = masked.select(logprob_train, mask) - masked.select(logprob_behaviour, mask)
-    difference = jax.lax.stop_gradient(difference)
+    train = jax.lax.stop_gradient(masked.select(logprob_train, mask))
+    behaviour = jax.lax.stop_gradient(masked.select(logprob_behaviour, mask))
+    difference = train - behaviour
     ratio = jnp.exp(jnp.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     weights = jnp.minimum(ratio, cap)
     tokens = masked.count(mask)
@@ -49,6 +48,6 @@ def truncated_importance_weights(
         "ess": jnp.square(total) / jnp.maximum(squares * tokens, jnp.finfo(jnp.float32).tiny),
         "abs_logp_mean": masked.masked_mean(jnp.abs(difference), mask),
         "abs_logp_max": jnp.max(jnp.abs(difference)),
-        "kl": masked.masked_mean(ratio - 1.0 - difference, mask),
+        "kl": masked.masked_mean(k3(behaviour, train), mask),
     }
     return weights, metrics

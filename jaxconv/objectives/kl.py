@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxconv.objectives import masked
-from jaxconv.objectives.importance import LOG_RATIO_LIMIT
+
+# exp(20) is far past anything a ratio should be; the clip keeps a broken log-prob from becoming an
+# infinity.
+LOG_RATIO_LIMIT = 20.0
 
 
 def k1(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from jaxconv.objectives import kl, masked
-from jaxconv.objectives.importance import LOG_RATIO_LIMIT
 from jaxconv.objectives.metrics import Metrics
 
 
@@ -113,7 +112,7 @@ def ppo_loss(
         )
     )
 
-    ratio = jnp.exp(jnp.clip(logprob - old_logprob, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    ratio = jnp.exp(jnp.clip(logprob - old_logprob, -kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT))
     clipped_ratio = jnp.clip(ratio, 1.0 - c.clip_low, 1.0 + c.clip_high)
     policy = jnp.maximum(-ratio * advantage, -clipped_ratio * advantage)
     if c.dual_clip is not None:
