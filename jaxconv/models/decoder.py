@@ -94,7 +94,7 @@ class Block(nnx.Module):
             self.b_down = bias((d,), ("embed",), "mlp.down_proj")
 
     def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array):
-        """Normed, projected, biased and rotated q [..., H, h], k and v [..., K, h] of x [..., D]."""
+        """Normed, projected and rotated q [..., H, h]; k and v [..., K, h]; of x [..., D]."""
         config = self.config
         x = rms_norm(x, self.attn_norm[...], config.norm_eps)
         q, k, v = (_project(x, w[...]) for w in (self.q, self.k, self.v))

@@ -55,11 +55,12 @@ def weight(
 
 def named_weights(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
     """(dotted path, Param) of every weight of `model`, real or abstract, in tree order."""
-    for path, param in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
+    for path, param in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_param):
         yield ".".join(str(entry.name) for entry in path), param
 
 
-def _is_param(node: object) -> bool:
+def is_param(node: object) -> bool:
+    """For `is_leaf` of `jax.tree` functions that need the metadata of weights."""
     return isinstance(node, nnx.Param)
 
 
