@@ -22,8 +22,8 @@ class Step:
       rewards: what each agent earned; it belongs to that agent's latest turn.
       terminated: the outcome is final; a turn limit that belongs to the rules is such an outcome.
       truncated: the episode was cut from outside and its outcome is unknown.
-      infos: per agent, for logs and reports only: `valid` (was its last action understood), `reason`
-        when it was not, and at the end what the environment measures. Never shown to agents.
+      infos: per agent, for logs and reports only: `valid` (was its last action understood), a
+        `reason` when it was not, and at the end what the environment measures. Not for agents.
     """
 
     to_act: tuple[str, ...]
@@ -65,7 +65,7 @@ class Player(Protocol):
     """Somebody who speaks for one agent: a script, a person, a model elsewhere."""
 
     def act(self, messages: Sequence[Message]) -> str:
-        """The next words of this agent, given only the messages that are new since its last turn."""
+        """The next words of this agent, given only the messages new since its last turn."""
         ...
 
     def state_dict(self) -> dict:

@@ -1,8 +1,8 @@
 """Understands what bargainers say: deterministic, sentence by sentence, tolerant of case, spaces
 and a name called at either end.
 
-Two steps. `meaning` reads one sentence without knowing the game and is cached; `understand` puts
-the sentences of an utterance into their game, where "the rest" becomes numbers.
+Two steps. `meaning` reads one sentence without knowing the game; `understand` puts the sentences of
+an utterance into their game, where "the rest" becomes numbers.
 """
 
 import re
@@ -70,13 +70,12 @@ class Utterance:
 
 
 def clean(text: str) -> str:
-    """Text as others hear it: control characters and runs of blanks are one space, cut to length."""
+    """Text as others hear it: each run of blanks and controls one space, cut to length."""
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()
     return _BLANK.sub(" ", text).strip()[:MAX_CHARACTERS].rstrip()
 
 
-@lru_cache(maxsize=65536)
 def bare(text: str) -> str:
     """Text without case, outer blanks, final punctuation and typographic apostrophes."""
     return _BLANK.sub(" ", text.casefold().replace("’", "'")).strip().rstrip(".!? ")
@@ -89,7 +88,6 @@ _ABOUT = _about("most", _WORD) + _about("least", _WORD) + _about("limit", _NUMBE
 _TOPICS = {name: name for name in ISSUES + ITEMS} | {f"{name}s": name for name in ITEMS}
 
 
-@lru_cache(maxsize=65536)
 def meaning(sentence: str) -> Act | None:
     """The act of one sentence, None if it is not understood.
 
@@ -167,6 +165,13 @@ def _division(text: str) -> Act | None:
     return Act("division", tuple(clauses))
 
 
+@lru_cache(maxsize=65536)
+def _read(text: str) -> tuple[str, tuple[Act | None, ...]]:
+    """The bare text and what each of its sentences means."""
+    text = clean(text)
+    return bare(text), tuple(meaning(sentence) for sentence in _BREAK.split(text))
+
+
 def understand(setting: Setting, seat: int, text: str) -> Utterance:
     """What `text`, said from `seat`, means in this game.
 
@@ -175,15 +180,12 @@ def understand(setting: Setting, seat: int, text: str) -> Utterance:
     things that are not there), "incomplete" (an offer that leaves something open), "conflict" (two
     acts that exclude each other, or a sentence said twice).
     """
-    text = clean(text)
-    key = bare(text)
+    key, meanings = _read(text)
     if not key:
         return Utterance((), "empty", key)
-    sentences = _BREAK.split(text)
-    reason = "long" if len(sentences) > MAX_SENTENCES else None
+    reason = "long" if len(meanings) > MAX_SENTENCES else None
     acts: list[Act] = []
-    for sentence in sentences:
-        act = meaning(sentence)
+    for act in meanings:
         if act is None:
             reason = reason or "unknown"
             continue
@@ -209,6 +211,7 @@ def _conflict(acts: list[Act]) -> bool:
     return closing > 1 or ("accept" in kinds and "reject" in kinds) or len(set(acts)) < len(acts)
 
 
+@lru_cache(maxsize=4096)
 def _offer(setting: Setting, seat: int, act: Act) -> Offer | str:
     """The offer that an act means in this game, or the reason why it means none."""
     if act.kind == "terms":

@@ -9,7 +9,7 @@ issues with integers that sum to 10; the middle gives half. So a deal is worth 0
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 KINDS = ("division", "terms")
@@ -98,7 +98,7 @@ def utility(private: Private, seat: int, offer: Offer) -> float:
     return float(sum(v * n for v, n in zip(private.values, offer[seat], strict=True)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def valuations(counts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """All integer values with which `counts` of things are worth 10 and at least two matter."""
     ranges = (range(POINTS // count + 1) for count in counts)
@@ -110,7 +110,7 @@ def valuations(counts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pools(players: int) -> tuple[tuple[int, ...], ...]:
     """Pools of 1 to 4 of each item with enough pieces to go round and enough ways to value them."""
     return tuple(

@@ -48,7 +48,7 @@ class Temperament:
     noise: float = 0.08
     mirror: float = 0.0
     patience: int = 2
-    leave: float = 0.15
+    leave: float = 0.1
     ask: float = 0.1
     answer: float = 0.5
     tell: float = 0.08
@@ -61,9 +61,9 @@ class Temperament:
 
 
 TEMPERAMENTS: dict[str, Temperament] = {
-    "greedy": Temperament(0.95, 0.3, 1.4, rude=0.15, lie=0.3, courtesy=0.03, answer=0.3),
-    "fair": Temperament(0.65, 0.2, 1.0, ask=0.2, answer=0.75, courtesy=0.2, habit=1),
-    "stubborn": Temperament(0.85, 0.45, 1.8, leave=0.2, answer=0.25, ask=0.04, rude=0.08, habit=2),
+    "greedy": Temperament(0.95, 0.22, 1.2, rude=0.15, lie=0.3, courtesy=0.03, answer=0.3),
+    "fair": Temperament(0.65, 0.15, 1.0, ask=0.2, answer=0.75, courtesy=0.2, habit=1),
+    "stubborn": Temperament(0.85, 0.38, 1.8, leave=0.2, answer=0.25, ask=0.04, rude=0.08, habit=2),
     "yielding": Temperament(0.6, 0.05, 0.6, courtesy=0.25, answer=0.65, refuse=0.15, habit=3),
     "chatty": Temperament(
         0.75, 0.2, 1.0, ask=0.35, answer=0.8, tell=0.3, courtesy=0.4, slip=0.12, habit=4
@@ -91,8 +91,8 @@ def _choices(
 class ScriptedPlayer:
     """A `Player` for one agent. Of `scenario` it keeps what everybody knows and what is its own.
 
-    Each turn has its own random numbers, drawn from `seed`, the seat and the turn's index. The state is what
-    was heard; going back to one plays it again.
+    Each turn has its own random numbers, drawn from `seed`, the seat and the turn's index. The
+    state is what was heard; going back to one plays it again.
     """
 
     def __init__(self, temperament: str, scenario: Scenario, agent: str, seed: int):
@@ -167,7 +167,7 @@ class ScriptedPlayer:
         """The points it wants at this turn, never below its limit."""
         temper, limit = self.temper, self.own.limit
         # A pool shared among more agents holds less for each one.
-        crowd = (2 / len(self.setting.agents)) ** 0.5 if self.setting.counts else 1.0
+        crowd = 2 / len(self.setting.agents) if self.setting.counts else 1.0
         way = max(POINTS * crowd - limit, 1.0)
         if temper.mirror:
             gave = self.best_given - self.first_given if self.first_given is not None else 0.0
@@ -185,11 +185,12 @@ class ScriptedPlayer:
         temper, habit = self.temper, self.temper.habit
         chance = rng.random
         offered = None if self.standing is None else utility(self.own, self.seat, self.standing)
+        slack = 0.5 * (len(self.cares) - 1)  # the more must agree, the less one may insist
         before = []
         if self.asked and chance() < temper.answer:
             before.append(self._wish(rng))
             self.asked = False
-        if offered is not None and offered >= self.own.limit and offered >= aim - 0.5:
+        if offered is not None and offered >= self.own.limit and offered >= aim - slack:
             if chance() < temper.courtesy:
                 before.append(say("courtesy", rng, habit))
             self.said.add("courtesy")
@@ -265,10 +266,11 @@ class ScriptedPlayer:
         noise = rng.random
 
         if counts:
-            care = [sum(self.cares[seat][t] for seat in others) for t in range(len(counts))]
+            books, hats, balls = (sum(self.cares[s][t] for s in others) for t in range(3))
+            whole = books * counts[0] + hats * counts[1] + balls * counts[2]
 
-            def pleases(share: tuple[int, ...]) -> float:
-                left = sum(c * (n - s) for c, n, s in zip(care, counts, share, strict=True))
+            def pleases(share: tuple[int, int, int]) -> float:
+                left = whole - books * share[0] - hats * share[1] - balls * share[2]
                 return left * (0.85 + 0.3 * noise())
 
             return self._split(max(near, key=pleases), rng)
