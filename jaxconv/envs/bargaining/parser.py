@@ -71,7 +71,10 @@ class Utterance:
 
 def clean(text: str) -> str:
     """Text as others hear it: each run of blanks and controls one space, cut to length."""
-    if not text.isascii():
+    if text.isascii():
+        if text.isprintable() and "  " not in text:  # the common case, ten times as fast
+            return text[:MAX_CHARACTERS].strip(" ")
+    else:
         text = text.encode("utf-8", "replace").decode()
     return _BLANK.sub(" ", text).strip()[:MAX_CHARACTERS].rstrip()
 

@@ -95,7 +95,9 @@ def utility(private: Private, seat: int, offer: Offer) -> float:
     if private.wants:
         wants = zip(private.values, private.wants, offer, strict=True)
         return sum(weight * (2 - abs(want - option)) for weight, want, option in wants) / 2
-    return float(sum(v * n for v, n in zip(private.values, offer[seat], strict=True)))
+    book, hat, ball = private.values
+    books, hats, balls = offer[seat]
+    return float(book * books + hat * hats + ball * balls)
 
 
 @cache

@@ -107,6 +107,7 @@ class ScriptedPlayer:
         self.seat = scenario.setting.agents.index(agent)
         self.own: Private = scenario.private[self.seat]
         self.seed = seed
+        self._rng = random.Random(0)
         self._forget()
 
     def _forget(self) -> None:
@@ -133,7 +134,8 @@ class ScriptedPlayer:
 
     def act(self, messages: Sequence[Message]) -> str:
         news = [(m.name, m.content) for m in messages if m.role == "user"]
-        rng = random.Random((self.seed * 8 + self.seat) * 1024 + len(self.heard))
+        rng = self._rng
+        rng.seed((self.seed * 8 + self.seat) * 1024 + len(self.heard))
         for name, text in news:
             self._listen(self.setting.agents.index(name), text)
         aim = self._aim(rng)
