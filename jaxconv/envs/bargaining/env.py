@@ -121,7 +121,7 @@ class Bargaining:
     def load_state_dict(self, state: dict) -> None:
         """Goes back to a state of an environment with the same options."""
         if state["seed"] is None:
-            self.__init__(self.options)
+            self.agents, self.teams, self._seed, self._table = (), {}, None, None
             return
         self._begin(state["seed"])
         for text in state["said"]:
