@@ -71,6 +71,25 @@ class ChatTemplate:
             ids += [*self.user[0], *self.encode(text), *self.user[1]]
         return ids
 
+    def render_view(self, view: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of one agent's whole conversation, and which of them it said itself.
+
+        The ids are those of the stream that the same turns would have made one by one.
+        """
+        ids: list[int] = []
+        own: list[bool] = []
+        heard: list[Message] = []
+        for message in view:
+            if message.role != "assistant":
+                heard.append(message)
+                continue
+            read = [*(self.after_end if ids else ()), *self.render(heard), *self.reply]
+            said = [*self.encode(message.content), self.end]
+            ids += read + said
+            own += [False] * len(read) + [True] * len(said)
+            heard = []
+        return ids, own
+
     def encode(self, words: str) -> list[int]:
         """Ids of plain words: markup in them is text like any other, so that nobody can forge
         another's turn.
@@ -78,7 +97,7 @@ class ChatTemplate:
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         try:
-            return self.tokenizer.encode(words, add_special_tokens=False)
+            return backend.encode(words, add_special_tokens=False).ids
         finally:
             backend.encode_special_tokens = False
 
@@ -89,7 +108,7 @@ class ChatTemplate:
         ids = list(ids)
         if ids and ids[-1] == self.end:
             ids = ids[:-1]
-        return self.tokenizer.decode(ids, skip_special_tokens=False).strip()
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False).strip()
 
 
 def take_apart(tokenizer) -> ChatTemplate:
@@ -104,12 +123,13 @@ def take_apart(tokenizer) -> ChatTemplate:
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
-            f"tokenizer {name!r} has no chat template; it must have one to take part in a conversation"
+            f"tokenizer {name!r} has no chat template; it must have one to take part in conversations"
         )
     pieces = _pieces(tokenizer, tokenizer.chat_template)
     if isinstance(pieces, str) and _strips_thinking(tokenizer.chat_template):
         logging.getLogger(__name__).warning(
-            "the chat template of %s strips thinking from its history: using its concatenating, non-thinking form",
+            "the chat template of %s strips thinking from its history: "
+            "using its concatenating, non-thinking form",
             name,
         )
         tokenizer.chat_template = CHATML_EMPTY_THINK

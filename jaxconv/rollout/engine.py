@@ -325,7 +325,7 @@ class Engine:
         return slot
 
     def close(self, slot: int) -> None:
-        """Ends the slot's stream. A slot that is speaking is freed when that turn has ended, unseen."""
+        """Ends the slot's stream. If it is speaking, it is freed when that turn has ended, unseen."""
         if self._slots[slot].budget:
             self._slots[slot].closing = True
         else:
@@ -399,6 +399,46 @@ class Engine:
             held.tokens, held.logprobs, held.values = [], [], []
         return turns
 
+    def snapshot(self) -> tuple[dict, dict]:
+        """Everything but the weights, bursts under way included: (arrays, JSON-able).
+
+        Nothing is waited for or finished first: after `restore` the engine does what it would have
+        done, bit for bit.
+        """
+        host = {
+            "length": self._state.cache[0][0].shape[2],
+            "flying": len(self._flying),
+            "free": list(self._free),
+            "waiting": list(self._waiting),
+            "slots": {str(slot): dataclasses.asdict(held) for slot, held in self._slots.items()},
+            "counters": [self.steps, self.sampled],
+        }
+        return {"state": self._state, "flying": list(self._flying)}, host
+
+    def like(self, host: dict) -> dict:
+        """Shapes of the arrays of a snapshot, given its JSON-able part."""
+        state = dataclasses.replace(
+            self._state, cache=empty_cache(self.config, self.shape.slots, host["length"])
+        )
+        b, k = self.shape.slots, self.shape.burst
+        log = BurstLog(
+            token=jnp.zeros((b, k), jnp.int32),
+            logprob=jnp.zeros((b, k), jnp.float32),
+            value=jnp.zeros((b, k), jnp.float32),
+            count=jnp.zeros(b, jnp.int32),
+            speaking=jnp.zeros(b, bool),
+            steps=jnp.int32(0),
+        )
+        return {"state": state, "flying": [log] * host["flying"]}
+
+    def restore(self, arrays: dict, host: dict) -> None:
+        """Goes back to a snapshot."""
+        self._state = arrays["state"]
+        self._flying = collections.deque(arrays["flying"])
+        self._free, self._waiting = list(host["free"]), list(host["waiting"])
+        self._slots = {int(slot): _Slot(**held) for slot, held in host["slots"].items()}
+        self.steps, self.sampled = host["counters"]
+
     @property
     def _last(self) -> int:
         return self.shape.lengths[-1] - 1
@@ -442,9 +482,7 @@ class Engine:
             held = self._slots[slot]
             tokens[i, :size] = held.tail[done : done + size]
             at[i], start[i], count[i] = slot, held.cached + done, size
-        cache = _prefill(
-            self.weights, self.config, self._state.cache, tokens, at, start, count
-        )
+        cache = _prefill(self.weights, self.config, self._state.cache, tokens, at, start, count)
         self._state = dataclasses.replace(self._state, cache=cache)
 
     def _give_turns(self, slots: Sequence[int]) -> None:

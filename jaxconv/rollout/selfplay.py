@@ -1,9 +1,9 @@
 """Conversations on engines: many games at once, each seat played by a model or by a script.
 
-The host keeps one burst in flight: while the device decodes it, the host reads the one before, steps
-the environments and queues what each agent has heard. A policy may own several engines ("lanes").
-The agents of a game sit in different lanes, so that a lane decodes while the others listen and its
-slots are not held idle by agents whose turn it is not.
+The host keeps one burst in flight: while the device decodes it, the host reads the one before,
+steps the environments and queues what each agent has heard. A policy may own several engines
+("lanes"). The agents of a game sit in different lanes, so that a lane decodes while the others
+listen and its slots are not held idle by agents whose turn it is not.
 """
 
 import collections
@@ -85,6 +85,35 @@ class _Live:
     to_act: tuple[int, ...] = ()
     actions: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def state_dict(self) -> dict:
+        return {
+            "env": self.env.state_dict(),
+            "played": dataclasses.asdict(self.played),
+            "lanes": self.lanes,
+            "scripts": {seat: script.state_dict() for seat, script in self.scripts.items()},
+            "heard": [[dataclasses.asdict(m) for m in heard] for heard in self.heard],
+            "cut": self.cut,
+            "to_act": self.to_act,
+            "actions": self.actions,
+        }
+
+
+def _game(state: dict) -> Game:
+    return Game(state["id"], state["seed"], tuple(state["cast"]))
+
+
+def _played(state: dict) -> Played:
+    return Played(
+        **{
+            **state,
+            "game": _game(state["game"]),
+            "agents": tuple(state["agents"]),
+            "teams": tuple(state["teams"]),
+            "streams": [Stream(**stream) for stream in state["streams"]],
+            "transcript": [tuple(line) for line in state["transcript"]],
+        }
+    )
+
 
 class SelfPlay:
     """Plays games to their end.
@@ -134,6 +163,7 @@ class SelfPlay:
         for engine in self._engines:
             engine.reset()
         self._queue = collections.deque(games)
+        self._next = 0
         self.finished = []
 
     def results(self, games: Sequence[Game]) -> list[Played]:
@@ -155,6 +185,63 @@ class SelfPlay:
             for turn in self._engines[index].collect():
                 self._spoke(index, turn)
         return bool(self._queue or self._live or self._flying)
+
+    def snapshot(self) -> tuple[list[dict], dict]:
+        """Games under way, finished and waiting, and every engine: (arrays, JSON-able)."""
+        engines = [engine.snapshot() for engine in self._engines]
+        host = {
+            "engines": [host for _, host in engines],
+            "queue": [dataclasses.asdict(game) for game in self._queue],
+            "live": [live.state_dict() for live in self._live.values()],
+            "finished": [dataclasses.asdict(played) for played in self.finished],
+            "flying": list(self._flying),
+            "next": self._next,
+        }
+        return [arrays for arrays, _ in engines], host
+
+    def like(self, host: dict) -> list[dict]:
+        """Shapes of the arrays of a snapshot, given its JSON-able part."""
+        return [e.like(h) for e, h in zip(self._engines, host["engines"], strict=True)]
+
+    def restore(self, arrays: Sequence[dict], host: dict) -> None:
+        """Goes back to a snapshot: what follows is what would have followed, bit for bit."""
+        for engine, a, h in zip(self._engines, arrays, host["engines"], strict=True):
+            engine.restore(a, h)
+        self._queue = collections.deque(_game(game) for game in host["queue"])
+        self.finished = [_played(played) for played in host["finished"]]
+        self._flying, self._next = collections.deque(host["flying"]), host["next"]
+        self._live, self._owner = {}, {}
+        for state in host["live"]:
+            live = self._revive(state)
+            game = live.played.game.id
+            self._live[game] = live
+            for seat, lane in live.lanes.items():
+                self._owner[lane] = (game, seat)
+
+    def _revive(self, state: dict) -> _Live:
+        played = _played(state["played"])
+        env = self._make_env()
+        env.reset(played.game.seed)
+        scripts = {}
+        for seat, script in state["scripts"].items():
+            agent = played.agents[int(seat)]
+            player = self._script(played.game, int(seat), env, agent)
+            player.load_state_dict(script)
+            scripts[int(seat)] = player
+        env.load_state_dict(state["env"])
+        return _Live(
+            env=env,
+            played=played,
+            lanes={int(seat): tuple(lane) for seat, lane in state["lanes"].items()},
+            scripts=scripts,
+            heard=[[Message(**m) for m in heard] for heard in state["heard"]],
+            cut=state["cut"],
+            to_act=tuple(state["to_act"]),
+            actions=state["actions"],
+        )
+
+    def _script(self, game: Game, seat: int, env: Env, agent: str) -> Player:
+        return self._make_script(game.player(seat), env, agent, game.seed * MAX_AGENTS + seat)
 
     def _admit(self) -> None:
         while self._queue and len(self._live) < self._concurrent:
@@ -255,7 +342,7 @@ class SelfPlay:
                 played.valid[seat].append(bool(info["valid"]))
 
     def _tell(self, live: _Live, seat: int) -> bool:
-        """Appends what a seat has heard to its stream and lets it speak; False if it does not fit."""
+        """Appends what a seat heard to its stream and lets it speak; False if it does not fit."""
         template, stream = self._template, live.played.streams[seat]
         index, slot = live.lanes[seat]
         engine = self._engines[index]

@@ -1,0 +1,130 @@
+"""OMAR: one model plays every role of a conversation and learns from how it ends (arXiv 2602.03109).
+
+tiny      a 0.14 M-parameter model from scratch on two-player bargaining: minutes on a laptop CPU.
+league    the same with two and three players, longer, then a round robin with every script.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("tiny", "league")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    config = ConfigDict()
+    config.recipe = "omar"
+    config.seed = 0
+
+    config.env = ConfigDict()
+    config.env.name = "bargaining"
+    config.env.players = (2,)  # how many agents an episode may have
+    config.env.kinds = ("division",)  # of "division", "terms"
+    config.env.turns = (3, 5)  # fewest and most turns of an agent; the end is hidden
+
+    config.model = ConfigDict()
+    config.model.path = ""  # a Hugging Face folder or hub id; "" makes the model below from scratch
+    config.model.family = "llama"
+    config.model.vocab_size = 512
+    config.model.embed_dim = 64
+    config.model.num_layers = 2
+    config.model.num_heads = 2
+    config.model.num_kv_heads = 2
+    config.model.mlp_dim = 192
+    config.model.dtype = "float32"  # of the computation; master weights are float32
+    config.model.remat = "none"  # "none", "dots" or "full"
+
+    config.warm_start = ConfigDict()  # imitation of the scripted players
+    config.warm_start.dialogues = 6000
+    config.warm_start.held_out = 256  # further dialogues, for the held-out loss
+    config.warm_start.steps = 1000
+    config.warm_start.streams = 64  # of one agent each, a step
+    config.warm_start.learning_rate = 4e-3
+    config.warm_start.warmup = 50
+    config.warm_start.b2 = 0.95
+    config.warm_start.weight_decay = 0.01
+    config.warm_start.clip_norm = 1.0
+    config.warm_start.evaluate_every = 200
+    config.warm_start.width = 256  # tokens of a packed row
+    config.warm_start.rows = 8  # packed rows of a micro-batch
+
+    config.rollout = ConfigDict()
+    config.rollout.slots = 64  # of one engine
+    config.rollout.engines = 4  # of one policy; agents of one game sit in different ones
+    config.rollout.lengths = (128, 256)  # cache lengths; the last is where a stream ends
+    config.rollout.burst = 32  # most tokens of one dispatch
+    config.rollout.leave = 0.75  # a burst leaves early when this share of its turns has ended
+    config.rollout.turn_budget = 40  # most tokens of a turn
+    config.rollout.prefill_rows = (16, 64)
+    config.rollout.prefill_tokens = (16, 64)
+    config.rollout.temperature = 1.0
+    config.rollout.top_k = 0
+    config.rollout.top_p = 1.0
+    config.rollout.min_p = 0.0
+
+    config.self_play = ConfigDict()
+    config.self_play.iterations = 30
+    config.self_play.games = 256  # an iteration
+    config.self_play.script_share = 0.25  # of the games, against a script in one seat
+    config.self_play.learning_rate = 5e-4
+    config.self_play.warmup = 0
+    config.self_play.b2 = 0.99
+    config.self_play.weight_decay = 0.0
+    config.self_play.clip_norm = 0.5
+    config.self_play.critic_warmup = 1  # iterations that train the critic's head alone
+    config.self_play.value_gradient = 0.1  # factor on the critic's gradient into the trunk
+    config.self_play.invalid_penalty = 0.05  # taken from the reward of a turn nobody understands
+
+    config.credit = ConfigDict()
+    config.credit.gamma_turn = 1.0
+    config.credit.lam_turn = 0.95
+    config.credit.gamma_token = 1.0
+    config.credit.lam_token = 1.0
+    config.credit.anchor = "first"  # "first" or "last" action token of a turn
+    config.credit.deposit = "return"  # "return", or "seed" with anchor "last"
+    config.credit.whitening = "whiten"  # "whiten", "center" or "none", per team
+    config.credit.importance_cap = 2.0
+    config.credit.reward_kl = 0.0  # KL to the warm start in the reward, per nat
+
+    config.loss = ConfigDict()
+    config.loss.clip_low = 0.2
+    config.loss.clip_high = 0.28
+    config.loss.value_clip = 0.2
+    config.loss.value_coef = 0.5
+    config.loss.entropy_coef = 0.003
+    config.loss.kl_coef = 0.02  # KL to the warm start in the loss, per nat
+
+    config.minibatching = ConfigDict()
+    config.minibatching.epochs = 2
+    config.minibatching.minibatches = 2
+    config.minibatching.rows = 8
+    config.minibatching.width = 256
+    config.minibatching.capacity = 8
+
+    config.quality = ConfigDict()  # a flagged turn earns no advantage
+    config.quality.repeated_ngram = 3
+    config.quality.repeats = 3
+    config.quality.min_logprob = -4.0
+
+    config.alarm = ConfigDict()  # self-play stops early when one of these is crossed
+    config.alarm.entropy_high = 2.0  # times the entropy of the first iteration
+    config.alarm.entropy_low = 0.2
+    config.alarm.reward_std_low = 0.005  # over the streams of an iteration, for three in a row
+
+    config.arena = ConfigDict()
+    config.arena.games = 512  # per pairing and seat; the same seeds everywhere
+    config.arena.script_games = 256  # per script and seat
+    config.arena.sharp_temperature = 0.5  # of the frozen model in the sampling control
+    config.arena.league = False  # a round robin of everybody
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1  # self-play iterations
+    config.checkpoint.warm_start_every = 100  # steps
+    config.checkpoint.rollout_seconds = 600.0  # a long rollout is saved in the middle this often
+    config.checkpoint.keep = 2
+
+    config.profile = ConfigDict()
+    config.profile.steps = ""  # "10:12" traces self-play iterations 10 and 11
+
+    if preset == "league":
+        config.env.players = (2, 3)
+        config.arena.league = True
+    return config

@@ -1,0 +1,66 @@
+"""What a batch of finished conversations looks like, as numbers to log."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxconv.rollout.selfplay import Played
+
+
+def summarise(games: Sequence[Played], policy: str) -> dict[str, float]:
+    """Means over the seats that `policy` played.
+
+    `reward/*` is what the environment paid; `score/*` the overall score and `dimension/*` its parts
+    where the environment measures them; `turn/*` the policy's own turns; `end/*` the share of games
+    by reason; `diversity/*` how much the words differ from game to game.
+    """
+    seats = [
+        (game, seat)
+        for game in games
+        for seat in range(len(game.agents))
+        if game.game.player(seat) == policy
+    ]
+    rewards = np.array([game.rewards[seat] for game, seat in seats])
+    out = {"reward/mean": rewards.mean(), "reward/std": rewards.std()}
+    for number in sorted({seat for _, seat in seats}):
+        out[f"reward/seat_{number}"] = np.mean(
+            [game.rewards[seat] for game, seat in seats if seat == number]
+        )
+    for team in sorted({game.teams[seat] for game, seat in seats}):
+        out[f"reward/team_{team}"] = np.mean(
+            [game.rewards[seat] for game, seat in seats if game.teams[seat] == team]
+        )
+    measured = [game.infos[seat] for game, seat in seats if "dimensions" in game.infos[seat]]
+    if measured:
+        out["score/mean"] = np.mean([info["overall"] for info in measured])
+        for name in measured[0]["dimensions"]:
+            out[f"dimension/{name}"] = np.mean([info["dimensions"][name] for info in measured])
+
+    turns = [
+        (text, valid)
+        for game, seat in seats
+        for text, valid in zip(game.texts[seat], game.valid[seat], strict=True)
+    ]
+    tokens = sum(t >= 0 for game, seat in seats for t in game.streams[seat].turn)
+    out["turn/invalid"] = 1.0 - np.mean([valid for _, valid in turns]) if turns else 0.0
+    out["turn/tokens"] = tokens / max(len(turns), 1)
+    out["turn/per_agent"] = len(turns) / len(seats)
+    out["game/turns"] = np.mean([len(game.transcript) for game in games])
+    out["game/truncated"] = np.mean([game.truncated for game in games])
+    ends = Counter(str(game.infos[0].get("end", "cut")) for game in games)
+    for reason, count in sorted(ends.items()):
+        out[f"end/{reason}"] = count / len(games)
+    out["diversity/distinct_2"] = _distinct([text for text, _ in turns], 2)
+    out["diversity/distinct_turns"] = len({text for text, _ in turns}) / max(len(turns), 1)
+    return {name: float(value) for name, value in out.items()}
+
+
+def _distinct(texts: Sequence[str], n: int) -> float:
+    """Share of different word n-grams among all (Li et al. 2016, "distinct-n")."""
+    grams = Counter(
+        tuple(words[i : i + n])
+        for words in map(str.split, texts)
+        for i in range(len(words) - n + 1)
+    )
+    return len(grams) / max(sum(grams.values()), 1)

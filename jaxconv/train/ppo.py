@@ -1,0 +1,292 @@
+"""One PPO iteration on finished conversations: score, credit, then several epochs of updates."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxconv.data.packing import Packing, TokenBatch, first_fit, microbatches, pack_tokens, shift
+from jaxconv.data.trajectories import Trajectories
+from jaxconv.models.heads import ActorCritic
+from jaxconv.objectives.advantages import hierarchical_advantages
+from jaxconv.objectives.importance import truncated_importance_weights
+from jaxconv.objectives.kl import kl_token_rewards
+from jaxconv.objectives.metrics import Metrics
+from jaxconv.objectives.ppo import PPOBatch, PPOCoefficients, finish_metrics, ppo_loss
+from jaxconv.objectives.whitening import team_moments, whiten
+from jaxconv.train.actor_critic import evaluate_tokens, score
+from jaxconv.train.state import TrainState
+from jaxconv.train.update import make_update
+
+
+@dataclasses.dataclass(frozen=True)
+class Credit:
+    """How rewards become advantages; see `hierarchical_advantages` and `whiten`.
+
+    Attributes:
+        gamma_turn, lam_turn, gamma_token, lam_token: discounts and traces of the two levels.
+        anchor: "first" or "last", where a turn's value is read.
+        deposit: "return" or "seed", how a turn's advantage reaches its last token.
+        whitening: "whiten", "center" or "none", within each team.
+        importance_cap: largest weight of trainer against sampler.
+        reward_kl: KL to the reference as a token reward, per nat.
+    """
+
+    gamma_turn: float = 1.0
+    lam_turn: float = 0.95
+    gamma_token: float = 1.0
+    lam_token: float = 1.0
+    anchor: str = "first"
+    deposit: str = "return"
+    whitening: str = "whiten"
+    importance_cap: float = 2.0
+    reward_kl: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Minibatching:
+    """How a batch is gone through.
+
+    Attributes:
+        epochs: passes over the batch.
+        minibatches: updates a pass.
+        rows: packed rows a micro-batch.
+        width: tokens a row.
+        capacity: micro-batches are padded to a multiple of this; padding is skipped.
+    """
+
+    epochs: int = 2
+    minibatches: int = 2
+    rows: int = 8
+    width: int = 256
+    capacity: int = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PPOTokens:
+    """Packed rows and what the loss reads at each of their targets."""
+
+    tokens: TokenBatch
+    ppo: PPOBatch
+
+
+class PPO:
+    """The update of one run: coefficients, compiled steps, and what they need.
+
+    Args:
+        optimizer: of the actor-critic.
+        coefficients: of the loss.
+        credit: rewards to advantages.
+        minibatching: sizes.
+        temperature: of the sampler.
+        value_gradient: factor on the critic's gradient into the trunk.
+        teams: number of teams.
+    """
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        coefficients: PPOCoefficients,
+        credit: Credit,
+        minibatching: Minibatching,
+        temperature: float,
+        value_gradient: float,
+        teams: int,
+    ):
+        self.credit, self.sizes, self.temperature, self.teams = (
+            credit,
+            minibatching,
+            temperature,
+            teams,
+        )
+        self._reads_reference = coefficients.kl_coef > 0 or credit.reward_kl > 0
+
+        def loss(model: ActorCritic, batch: PPOTokens, learn_policy: jax.Array):
+            logprob, entropy, value = evaluate_tokens(
+                model, batch.tokens, temperature=temperature, value_gradient=value_gradient
+            )
+            return ppo_loss(logprob, entropy, value, batch.ppo, coefficients=coefficients)
+
+        def rest_policy(gradients: ActorCritic, learn_policy: jax.Array) -> ActorCritic:
+            """While the critic warms up only its own head moves."""
+            decoder = jax.tree.map(lambda g: g * learn_policy, gradients.decoder)
+            return ActorCritic(decoder, gradients.value_head)
+
+        self._update = make_update(loss, optimizer, rest_policy)
+
+    def iterate(
+        self,
+        state: TrainState,
+        trajectories: Trajectories,
+        *,
+        reference: ActorCritic | None,
+        learn_policy: bool,
+        seed: Sequence[int],
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Trains on one batch of finished streams; returns metrics to log.
+
+        Args:
+            state: donated.
+            trajectories: what was said and earned.
+            reference: frozen policy for the KL terms.
+            learn_policy: False trains the critic's head alone.
+            seed: of the order of the minibatches.
+        """
+        t = trajectories
+        streams = len(t.tokens)
+        old_logprob, old_value, final_value = self._score(state.model, t.tokens, t.turn_ids)
+        ref_logprob = None
+        if self._reads_reference:
+            ref_logprob = self._score(reference, t.tokens, t.turn_ids)[0]
+        per_token, metrics = _credit_tokens(
+            t.value,
+            t.turn_rewards,
+            t.turn_ids,
+            t.keep_turns,
+            t.team,
+            t.logprob,
+            old_logprob,
+            ref_logprob,
+            np.where(t.truncated, final_value, 0).astype(np.float32),
+            credit=self.credit,
+            teams=self.teams,
+        )
+        per_token = jax.device_get(per_token)
+        metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        metrics["drift/value_abs_mean"] = float(np.abs(old_value - t.value)[t.turn_ids >= 0].mean())
+
+        rng = np.random.default_rng(list(seed))
+        totals: tuple[jax.Array, Metrics] | None = None
+        for _ in range(self.sizes.epochs):
+            for chosen in np.array_split(rng.permutation(streams), self.sizes.minibatches):
+                batch, count = self._pack(t.tokens, t.turn_ids, per_token, chosen)
+                state, denominator, merged = self._update(
+                    state, batch, count, np.float32(learn_policy)
+                )
+                totals = (
+                    (denominator, merged)
+                    if totals is None
+                    else (totals[0] + denominator, totals[1].merge(merged))
+                )
+        denominator, merged = totals
+        finished = jax.device_get(finish_metrics(merged, denominator))
+        return state, metrics | {name: float(x) for name, x in finished.items()}
+
+    def _score(self, model: ActorCritic, tokens: Sequence[Sequence[int]], turn_ids: np.ndarray):
+        """Log-prob of and value before each token, and the value after the last, as [B, T], [B]."""
+        packing = self._packing([len(ids) for ids in tokens])
+        batch = pack_tokens(packing, tokens, [np.zeros(len(ids), bool) for ids in tokens])
+        logprob, value = jax.device_get(
+            score(
+                model,
+                microbatches(batch, self.sizes.rows),
+                _used(packing, self.sizes.rows),
+                temperature=self.temperature,
+            )
+        )
+        out_logprob = np.zeros(turn_ids.shape, np.float32)
+        out_value = np.zeros(turn_ids.shape, np.float32)
+        final = np.zeros(len(turn_ids), np.float32)
+        pairs = zip(packing.gather(logprob), packing.gather(value), strict=True)
+        for i, (p, v) in enumerate(pairs):
+            out_logprob[i, 1 : len(p)] = p[:-1]
+            out_value[i, 1 : len(v)] = v[:-1]
+            final[i] = v[-1]
+        mask = turn_ids >= 0
+        return np.where(mask, out_logprob, 0), np.where(mask, out_value, 0), final
+
+    def _packing(self, lengths: Sequence[int]) -> Packing:
+        return first_fit(
+            lengths, self.sizes.width, rows_multiple=self.sizes.rows * self.sizes.capacity
+        )
+
+    def _pack(self, tokens, turn_ids, per_token: PPOBatch, chosen) -> tuple[PPOTokens, np.int32]:
+        lengths = [len(tokens[i]) for i in chosen]
+        packing = self._packing(lengths)
+
+        def packed(array_BT, dtype):
+            return packing.scatter(
+                [shift(array_BT[i, :n]) for i, n in zip(chosen, lengths, strict=True)], dtype
+            )
+
+        mask_BT = per_token.mask
+        batch = PPOTokens(
+            tokens=pack_tokens(
+                packing,
+                [tokens[i] for i in chosen],
+                [mask_BT[i, :n] for i, n in zip(chosen, lengths, strict=True)],
+            ),
+            ppo=jax.tree.map(lambda x: packed(x, x.dtype), per_token),
+        )
+        return microbatches(batch, self.sizes.rows), _used(packing, self.sizes.rows)
+
+
+def _used(packing: Packing, rows: int) -> np.int32:
+    """Micro-batches that hold anything."""
+    return np.int32(-(-(int(packing.row.max()) + 1) // rows))
+
+
+@functools.partial(jax.jit, static_argnames=("credit", "teams"))
+def _credit_tokens(
+    value_BT,
+    turn_rewards_BN,
+    turn_ids_BT,
+    keep_turns_BN,
+    team_B,
+    behaviour_BT,
+    old_logprob_BT,
+    ref_logprob_BT,
+    bootstrap_B,
+    *,
+    credit: Credit,
+    teams: int,
+) -> tuple[PPOBatch, dict[str, jax.Array]]:
+    """Advantages, critic targets and importance weights of every action token, and metrics."""
+    mask_BT = turn_ids_BT >= 0
+    token_rewards_BT = jnp.zeros_like(value_BT)
+    if credit.reward_kl > 0:
+        token_rewards_BT = kl_token_rewards(
+            old_logprob_BT, ref_logprob_BT, mask_BT, coefficient=credit.reward_kl
+        )
+    advantages_BT, targets_BT = hierarchical_advantages(
+        value_BT,
+        turn_rewards_BN,
+        token_rewards_BT,
+        turn_ids_BT,
+        mask_BT,
+        bootstrap_B,
+        gamma_turn=credit.gamma_turn,
+        lam_turn=credit.lam_turn,
+        gamma_token=credit.gamma_token,
+        lam_token=credit.lam_token,
+        anchor=credit.anchor,
+        deposit=credit.deposit,
+        keep_turns=keep_turns_BN,
+    )
+    weights_BT, drift = truncated_importance_weights(
+        old_logprob_BT, behaviour_BT, mask_BT, cap=credit.importance_cap
+    )
+    moments = team_moments(advantages_BT, mask_BT, team_B, teams)
+    metrics = {f"drift/{name}": x for name, x in drift.items()}
+    for team in range(teams):
+        metrics[f"advantage/mean_team_{team}"] = moments.mean[team]
+        metrics[f"advantage/std_team_{team}"] = moments.std[team]
+    tokens = jnp.maximum(mask_BT.sum(), 1)
+    metrics["advantage/abs_mean"] = jnp.abs(advantages_BT).sum() / tokens
+    metrics["advantage/zero_fraction"] = ((advantages_BT == 0) & mask_BT).sum() / tokens
+    batch = PPOBatch(
+        old_logprob=old_logprob_BT,
+        ref_logprob=ref_logprob_BT,
+        advantage=whiten(advantages_BT, mask_BT, team_B, num_groups=teams, mode=credit.whitening),
+        value_target=targets_BT,
+        old_value=value_BT,
+        is_weight=weights_BT,
+        mask=mask_BT,
+    )
+    return batch, metrics
