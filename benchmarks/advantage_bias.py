@@ -144,8 +144,9 @@ def hierarchical(anchor: str, deposit: str) -> Estimator:
     return advantages_PT
 
 
-def token_level(tree, values_PT, *, lam_token=1.0) -> np.ndarray:
-    """The library's token GAE with each turn's reward on its last token."""
+def token_level(tree, values_PT, *, gamma_turn=1.0, lam_turn=1.0, lam_token=1.0) -> np.ndarray:
+    """The library's token GAE, each turn's reward on its last token; it knows no turn rates."""
+    del gamma_turn, lam_turn
     paths = len(values_PT)
     rewards_PT = np.zeros((paths, T))
     rewards_PT[:, TURN_END] = tree.turn_rewards_PN
@@ -216,14 +217,10 @@ def main(seeds: range = range(5)) -> None:
         for name, estimator in ESTIMATORS.items():
             if name.startswith("refused") and options:
                 continue  # biased already without discounts
-            # token GAE has one λ; it plays the part of the token λ
-            own = {k: v for k, v in options.items() if estimator is not token_level}
-            if estimator is token_level and "lam_token" in options:
-                own = {"lam_token": options["lam_token"]}
             rows = []
             for seed, tree in zip(seeds, trees, strict=True):
-                values_PT = tree.noisy_values(seed, noise) if noise else tree.values_PT
-                advantages_PT = estimator(tree, values_PT, **own)
+                values_PT = tree.noisy_values(1000 + seed, noise)
+                advantages_PT = estimator(tree, values_PT, **options)
                 rows.append(
                     (
                         tree.relative_error(advantages_PT),
@@ -233,6 +230,7 @@ def main(seeds: range = range(5)) -> None:
                     )
                 )
             error, cosine, mean, variance = np.mean(rows, axis=0)
+            mean = round(mean, 3) + 0.0  # no minus sign on zero
             print(f"| {name} | {error:.1e} | {cosine:.3f} | {mean:+.3f} | {variance:.2f} |")
 
 
