@@ -267,8 +267,8 @@ def _write_report(
 
     report.cost.setdefault("wall_s", round(time.monotonic() - began, 3))
     units = {"compile_s": "s", "lower_s": "s"}
-    for name, value in asdict(compile_cache.stats()).items():
-        report.compile.setdefault(name, Quantity(round(value, 3), units.get(name, "programs")))
+    for part, value in asdict(compile_cache.stats()).items():
+        report.compile.setdefault(part, Quantity(round(value, 3), units.get(part, "programs")))
     return report.write(workdir, name=name)
 
 

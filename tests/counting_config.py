@@ -10,6 +10,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         {
             "recipe": "counting",
             "steps": {"tiny": 3, "long": 1000}[preset],
+            "seed": 0,
             "increment": 0.5,
             "pause": 0.0,
             "size": 4,

@@ -2,7 +2,7 @@
 
 `python tests/driver.py <launch arguments>`: registers the module `jaxconv.recipes.counting`, whose
 config is `tests/counting_config.py`, and hands over. The recipe adds `config.increment` to an array
-`config.steps` times, saves each step, and sleeps `config.pause` seconds a step.
+of noise `config.steps` times, saves each step, and sleeps `config.pause` seconds a step.
 """
 
 import sys
@@ -19,7 +19,7 @@ def check(config):
 
 
 def run(config, workdir):
-    import jax.numpy as jnp
+    import jax
 
     from jaxconv.evals.report import Report
     from jaxconv.evals.statistics import Estimate
@@ -31,17 +31,18 @@ def run(config, workdir):
         raise RuntimeError("a bug in the recipe")
     with Checkpoints(workdir.checkpoints / "count") as checkpoints:
         start = checkpoints.latest() or 0
-        total_S = jnp.zeros(config.size, jnp.float32)
+        # Noise, because zeros would be compressed to nothing on the disk.
+        total_S = jax.random.normal(jax.random.key(config.seed), config.size)
         if start:
             (total_S,), _ = checkpoints.restore(start, (total_S,))
         print(f"starting at {start}", flush=True)
         with MetricsWriter(workdir, "count", resume_at=start or None) as metrics:
             for step in range(start + 1, config.steps + 1):
+                print(f"working on {step}", flush=True)
                 total_S = total_S + config.increment
                 time.sleep(config.pause)
                 metrics.write(step, {"total": float(total_S[0])})
                 checkpoints.save(step, (total_S,), {"step": step})
-                print(f"step {step}", flush=True)
                 if interrupt.requested():
                     checkpoints.wait()
                     raise Stopped(f"saved at step {step}")

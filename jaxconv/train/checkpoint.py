@@ -7,6 +7,7 @@ steps before it.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Checkpoints:
             raise ValueError(f"keep={keep}; it must be at least 1")
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_is_not_raised_anyway)
         self._folder = Path(folder).resolve()
         self._ocp = ocp
         with atomic.disk_full_is_failure(self._folder):
@@ -159,6 +161,11 @@ class Checkpoints:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _is_not_raised_anyway(record: logging.LogRecord) -> bool:
+    """Leaves out the tracebacks that Orbax's threads print: `wait` and the next save raise them."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @dataclass(frozen=True)

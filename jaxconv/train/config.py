@@ -174,20 +174,26 @@ def _find(file: str) -> Path:
 def _current(config: ConfigDict, field: str) -> Any:
     """The present value of a field; refuses one that is not there and names the nearest."""
     value: Any = config
-    for depth, name in enumerate(field.split(".")):
+    path = "config"
+    for name in field.split("."):
         if not isinstance(value, ConfigDict) or name not in value:
-            known = list(_flat(config.to_dict(), "config"))
-            near = difflib.get_close_matches(f"config.{field}", known, n=1, cutoff=0.6)
-            if near:
-                hint = f"did you mean {near[0]}?"
-            elif isinstance(value, ConfigDict):
-                parent = ".".join(["config", *field.split(".")[:depth]])
-                hint = f"{parent} has {_listed(value)}"
-            else:
-                hint = f"it may be {_listed(config)}"
-            raise Refused(f"config.{field}: no such field; {hint}")
+            raise Refused(f"config.{field}: no such field; {_hint(config, path, value, name)}")
         value = value[name]
+        path = f"{path}.{name}"
     return value
+
+
+def _hint(config: ConfigDict, path: str, holder: Any, name: str) -> str:
+    if not isinstance(holder, ConfigDict):
+        return f"{path} is not a group"
+    near = difflib.get_close_matches(name, list(holder), n=1)
+    if near:
+        return f"did you mean {path}.{near[0]}?"
+    # Right name, wrong group: the last parts of all fields.
+    elsewhere = [known for known in _flat(config.to_dict(), "config") if known.endswith("." + name)]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"{path} has {_listed(holder)}"
 
 
 def _kind(config: ConfigDict, field: str) -> str:

@@ -41,13 +41,13 @@ def requested() -> bool:
 def _handle(kind: int, frame: object) -> None:
     global _requested
     if _requested and kind == signal.SIGINT:
-        # Not an exception: the program may be inside a compiled loop that takes minutes.
+        # Not an exception: whoever catches everything would keep the process alive.
         os._exit(4)
-    if not _requested:
+    already, _requested = _requested, True
+    if not already:
         name = signal.Signals(kind).name
         # os.write is safe in a handler; print may be inside its own lock just now.
         os.write(
             sys.__stderr__.fileno(),
             f"{name}: finishing this step, then saving (Ctrl-C again leaves at once)\n".encode(),
         )
-    _requested = True

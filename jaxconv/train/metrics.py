@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,11 @@ class MetricsWriter:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (close() does)
             # A folder a stage, because purging hides later steps of everything in the folder.
             self._tensorboard = SummaryWriter(
-                str(workdir.tensorboard / stage), purge_step=self._last_step + 1, flush_secs=10
+                str(workdir.tensorboard / stage),
+                purge_step=self._last_step + 1,
+                flush_secs=10,
+                # The rest of the name has whole seconds; a quick restart would overwrite the file.
+                filename_suffix=f".{secrets.token_hex(4)}",
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
