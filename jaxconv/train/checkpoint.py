@@ -91,6 +91,14 @@ class Checkpoints:
         """Every step that is there, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def host(self, step: int) -> dict[str, Any]:
+        """The host's state of a step alone: what the shapes of its arrays may depend on.
+
+        Raises:
+            Refused: no such step.
+        """
+        return self._record(step)["state"]
+
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads a step back, bit for bit.
 
@@ -106,12 +114,7 @@ class Checkpoints:
         Raises:
             Refused: no such step, or the names, shapes or dtypes differ; names the first leaf.
         """
-        if step not in self._manager.all_steps():
-            raise Refused(f"{self._folder} has no step {step}; it has {self.steps()}")
-        self.wait()
-        record = self._manager.restore(
-            step, args=self._ocp.args.Composite(host=self._ocp.args.JsonRestore())
-        )["host"]
+        record = self._record(step)
         wanted = _named_leaves(like)
         found = {name: _Leaf(tuple(v[0]), v[1]) for name, v in record["index"].items()}
         self._refuse_other_shape(step, found, wanted)
@@ -125,6 +128,14 @@ class Checkpoints:
             for name, leaf in wanted.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(like), restored), record["state"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        if step not in self._manager.all_steps():
+            raise Refused(f"{self._folder} has no step {step}; it has {self.steps()}")
+        self.wait()
+        return self._manager.restore(
+            step, args=self._ocp.args.Composite(host=self._ocp.args.JsonRestore())
+        )["host"]
 
     def _refuse_other_shape(
         self, step: int, found: dict[str, "_Leaf"], wanted: dict[str, Any]

@@ -73,6 +73,7 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
         abstract = jax.eval_shape(lambda: {k: v for k, v in arrays.items() if k != "numpy"})
         with pytest.raises(Refused, match=r"has numpy/0 int64\[3\], which is not expected here"):
             checkpoints.restore(7, abstract)
+        assert checkpoints.host(7) == host
     assert_same(restored, arrays)
     assert restored_host == host
 
@@ -147,6 +148,8 @@ def test_only_the_latest_are_kept_and_steps_rise(tmp_path):
         assert checkpoints.steps() == [5, 9]
         with pytest.raises(Refused, match=r"has no step 1; it has \[5, 9\]"):
             checkpoints.restore(1, {"x": np.zeros(2)})
+        with pytest.raises(Refused, match="has no step 1"):
+            checkpoints.host(1)
 
 
 @pytest.mark.parametrize(
