@@ -7,13 +7,22 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxconv.data.packing import TokenBatch, first_fit, microbatches, pack_tokens
+from jaxconv.errors import Stopped
 from jaxconv.models.heads import ActorCritic
 from jaxconv.objectives import masked
 from jaxconv.objectives.metrics import Metrics
 from jaxconv.objectives.sft import sft_loss
+from jaxconv.train import interrupt
 from jaxconv.train.actor_critic import evaluate_tokens
+from jaxconv.train.checkpoint import Checkpoints
+from jaxconv.train.metrics import MetricsWriter
+from jaxconv.train.progress import Progress
+from jaxconv.train.state import TrainState
+from jaxconv.train.update import make_update
+from jaxconv.train.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +104,73 @@ def minibatch(examples: Sequence[Example], step: int, size: int, seed: int) -> I
 @functools.lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """Sizes of the stage.
+
+    Attributes:
+        steps: updates.
+        streams: examples an update.
+        width, rows: of a packed micro-batch.
+        evaluate_every: updates between held-out losses.
+        checkpoint_every: updates between checkpoints.
+        keep: checkpoints kept.
+        seed: of the order of the examples.
+    """
+
+    steps: int
+    streams: int
+    width: int
+    rows: int
+    evaluate_every: int
+    checkpoint_every: int
+    keep: int
+    seed: int
+
+
+def fit(
+    model: ActorCritic,
+    optimizer: optax.GradientTransformation,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    sizes: WarmStart,
+    workdir: Workdir,
+) -> ActorCritic:
+    """Trains `model` on `examples`; goes on where a stopped or killed run was.
+
+    Raises:
+        Stopped: the run was asked to stop; its state is saved.
+    """
+    update = make_update(warm_start_loss, optimizer)
+    state = TrainState.create(model, optimizer)
+    held_out_batch, _ = pack_examples(held_out, width=sizes.width, rows=sizes.rows, multiple=1)
+    with Checkpoints(workdir.checkpoints / "warm_start", keep=sizes.keep) as checkpoints:
+        start = checkpoints.latest() or 0
+        if start:
+            state, _ = checkpoints.restore(start, state)
+        with (
+            MetricsWriter(workdir, "warm_start", resume_at=start) as writer,
+            Progress(workdir, "warm_start", sizes.steps, start=start) as progress,
+        ):
+            for step in range(start + 1, sizes.steps + 1):
+                chosen = list(minibatch(examples, step - 1, sizes.streams, sizes.seed))
+                batch, count = pack_examples(chosen, width=sizes.width, rows=sizes.rows, multiple=4)
+                state, denominator, merged = update(state, batch, np.int32(count))
+                metrics = merged.means(denominator)
+                if step % sizes.evaluate_every == 0 or step == sizes.steps:
+                    held = evaluate(state.model, held_out_batch)
+                    metrics |= {f"held_out/{name}": value for name, value in held.items()}
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                writer.write(step, metrics)
+                progress.update(
+                    step, {"loss": metrics["nll"]}, tokens=sum(len(e.tokens) for e in chosen)
+                )
+                stop = interrupt.requested()
+                if stop or step % sizes.checkpoint_every == 0 or step == sizes.steps:
+                    checkpoints.save(step, state, {})
+                if stop:
+                    checkpoints.wait()
+                    raise Stopped(f"warm start stopped after step {step} of {sizes.steps}")
+    return state.model

@@ -1,0 +1,145 @@
+"""What a self-play run shows besides its cross-play: curves, transcripts, cost and a model card."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxconv.evals.report import Quantity, Report, escape, learning_curves, side_by_side
+from jaxconv.rollout.selfplay import Played
+from jaxconv.train import atomic, metrics
+from jaxconv.train.compile_cache import CompileStats
+from jaxconv.train.workdir import Workdir
+
+
+def add_training(report: Report, workdir: Workdir) -> None:
+    """Learning curves as a picture, and the speed of the run's later half."""
+    warm = metrics.read(workdir, "warm_start")
+    play = metrics.read(workdir, "self_play")
+
+    def curve(records: Sequence[Mapping[str, Any]], name: str):
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+    panels = {}
+    if warm:
+        panels["warm start, nats a token"] = {
+            "training": curve(warm, "nll"),
+            "held out": curve(warm, "held_out/nll"),
+        }
+    if play:
+        panels |= {
+            "overall score in self-play": {"score": curve(play, "score/mean")},
+            "share of games": {
+                "deal": curve(play, "end/deal"),
+                "invalid turns": curve(play, "turn/invalid"),
+            },
+            "dimensions": {
+                name.removeprefix("dimension/"): curve(play, name)
+                for name in play[-1]
+                if name.startswith("dimension/")
+            },
+            "policy": {
+                "entropy, nats a token": curve(play, "policy/entropy"),
+                "KL to the warm start, nats a token": curve(play, "policy/kl_ref"),
+            },
+            "critic": {"explained variance": curve(play, "critic/explained_variance")},
+        }
+        late = play[len(play) // 2 :]
+        for name, unit in (
+            ("speed/sampled_tokens_per_s", "tokens/s"),
+            ("speed/trained_tokens_per_s", "tokens/s"),
+            ("speed/slot_occupancy", "fraction"),
+            ("time/rollout_s", "s/iteration"),
+            ("time/train_s", "s/iteration"),
+        ):
+            middle = sorted(record[name] for record in late)[len(late) // 2]
+            report.perf[name] = Quantity(middle, unit)
+    if panels and workdir.is_writer:
+        learning_curves(workdir.path / "curves.png", panels)
+        report.plots["Learning curves"] = "curves.png"
+
+
+def add_transcripts(
+    report: Report, before: Sequence[Played], after: Sequence[Played], count: int = 3
+) -> None:
+    """The first games of two policies on the same episodes, side by side."""
+    parts = []
+    for one, two in list(zip(before, after, strict=True))[:count]:
+        briefs = "\n".join(f"- {escape(brief)}" for brief in one.brief)
+        parts.append(
+            f"{briefs}\n\n"
+            + side_by_side(
+                (f"before ({_outcome(one)})", f"after ({_outcome(two)})"),
+                [[(g.agents[seat], text) for seat, text in g.transcript] for g in (one, two)],
+            )
+        )
+    report.sections["Transcripts, before and after self-play"] = "\n".join(parts)
+
+
+def _outcome(game: Played) -> str:
+    scores = ", ".join(
+        f"{agent} {info['overall']:.2f}"
+        for agent, info in zip(game.agents, game.infos, strict=True)
+        if "overall" in info
+    )
+    return f"{game.infos[0].get('end', 'cut')}; score {scores}"
+
+
+def add_cost(report: Report, wall_s: float, compiled: CompileStats) -> None:
+    """Seconds of this process, and of compiling among them."""
+    report.cost["wall_s"] = wall_s
+    report.compile["compile_s"] = Quantity(compiled.compile_s, "s")
+    report.compile["lower_s"] = Quantity(compiled.lower_s, "s")
+    report.compile["cache_hits"] = Quantity(compiled.cache_hits, "programs")
+    report.compile["cache_misses"] = Quantity(compiled.cache_misses, "programs")
+
+
+def write_model_card(workdir: Workdir, config, report: Report) -> None:
+    """`export/README.md`: what the checkpoint is, how it was made, what was measured."""
+    if not workdir.is_writer:
+        return
+    rows = "".join(
+        f"| {escape(name)} | {estimate} |\n"
+        for name, estimate in report.results.items()
+        if name.startswith(("gain/", "transfer/", "dimension/", "invalid/"))
+    )
+    base = config.model.path or "none: trained from random weights"
+    text = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jaxconv, omar, self-play]
+---
+
+# A conversational model trained by self-play
+
+One model spoke for every agent of multi-turn conversations and learned from how they ended (OMAR,
+arXiv 2602.03109; PPO with turn-level and token-level advantages).
+
+- Base model: {base}
+- World: {config.env.name}, {", ".join(map(str, config.env.players))} agents, kinds
+  {", ".join(config.env.kinds)}
+- Recipe: `{config.recipe}`, seed {config.seed}, {config.self_play.iterations} iterations of
+  {config.self_play.games} games
+- `value_head.safetensors` holds the critic; generation does not need it.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/export")
+model = AutoModelForCausalLM.from_pretrained("path/to/export")
+```
+
+The system message is the agent's brief, user messages are what the others say ("Bob: ..."), the
+assistant speaks for the agent. Sampled at temperature {config.rollout.temperature} in all
+measurements.
+
+## Measured
+
+| what | value, 95 % interval |
+| --- | --- |
+{rows}
+Scores come from a deterministic evaluator of a synthetic world; they say nothing about people. The
+model was trained to bargain and may mislead, refuse or repeat itself.
+"""
+    atomic.write_text(workdir.export / "README.md", text)
