@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Checkpoints:
                 ),
                 item_names=("arrays", "host"),
             )
+        self._latest: int | None = self._manager.latest_step()
+        # Orbax saves in the background, but first works for tens of milliseconds in the calling
+        # thread, which waits for other threads to start; here that is a thread of its own.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._starting: Future[None] | None = None
 
     def save(self, step: int, arrays: PyTree, host: dict[str, Any]) -> None:
         """Saves a step. It is on disk later; both arguments may be changed or donated at once.
@@ -74,21 +80,25 @@ class Checkpoints:
         record = json.loads(json.dumps({"index": {k: v.to_json() for k, v in index.items()}}))
         record["state"] = json.loads(json.dumps(host))
         stored = {name: _stored(leaf) for name, leaf in leaves.items() if index[name].size}
+        items = self._ocp.args.Composite(
+            arrays=self._ocp.args.StandardSave(stored), host=self._ocp.args.JsonSave(record)
+        )
         with atomic.disk_full_is_failure(self._folder / str(step)):
-            self._manager.save(
-                step,
-                args=self._ocp.args.Composite(
-                    arrays=self._ocp.args.StandardSave(stored),
-                    host=self._ocp.args.JsonSave(record),
-                ),
-            )
+            self._started()
+            if jax.process_count() == 1:
+                self._starting = self._starter.submit(self._manager.save, step, args=items)
+            else:
+                # Processes meet at barriers, in the order of the main thread's other ones.
+                self._manager.save(step, args=items)
+        self._latest = step
 
     def latest(self) -> int | None:
         """The last step that was saved (or is being saved), None when there is none."""
-        return self._manager.latest_step()
+        return self._latest
 
     def steps(self) -> list[int]:
         """Every step that is there, oldest first."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def host(self, step: int) -> dict[str, Any]:
@@ -130,9 +140,8 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), restored), record["state"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        if step not in self._manager.all_steps():
+        if step not in self.steps():
             raise Refused(f"{self._folder} has no step {step}; it has {self.steps()}")
-        self.wait()
         return self._manager.restore(
             step, args=self._ocp.args.Composite(host=self._ocp.args.JsonRestore())
         )["host"]
@@ -160,12 +169,23 @@ class Checkpoints:
             jaxconv.errors.Failed: the disk is full.
         """
         with atomic.disk_full_is_failure(self._folder):
+            self._started()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the saves and frees the threads behind them."""
         with atomic.disk_full_is_failure(self._folder):
-            self._manager.close()
+            try:
+                self._started()
+            finally:
+                self._starter.shutdown()
+                self._manager.close()
+
+    def _started(self) -> None:
+        """Waits until Orbax has taken over the last save; raises what went wrong there."""
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.result()
 
     def __enter__(self) -> "Checkpoints":
         return self
