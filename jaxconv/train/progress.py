@@ -22,10 +22,11 @@ class Progress:
     ):
         self._stage = stage
         self._total = total
-        self._start = start
         self._shown = workdir.is_writer
         self._every_s = every_s
-        self._began = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        # Speed is counted from the end of the first step, which compiles.
+        self._first: tuple[int, float] | None = None
         self._tokens = 0
         self._live = None
         if not self._shown:
@@ -58,17 +59,23 @@ class Progress:
         """
         if not self._shown:
             return
-        self._tokens += tokens
         now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        else:
+            self._tokens += tokens
+        first_step, began = self._first
         text = "  ".join(f"{name} {value:.4g}" for name, value in headline.items())
         if self._tokens:
-            text += f"  {self._tokens / max(now - self._began, 1e-9):,.0f} tokens/s"
+            text += f"  {self._tokens / max(now - began, 1e-9):,.0f} tokens/s"
         if self._live is not None:
             self._live.update(self._task, completed=step, headline=text)
         elif now - self._printed >= self._every_s or step >= self._total:
             self._printed = now
-            left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-            print(f"{self._stage} {step}/{self._total}  {text}  ETA {_duration(left)}", flush=True)
+            if step > first_step:
+                left = (now - began) / (step - first_step) * (self._total - step)
+                text += f"  ETA {_duration(left)}"
+            print(f"{self._stage} {step}/{self._total}  {text}", flush=True)
 
     def close(self) -> None:
         """Ends the live display."""

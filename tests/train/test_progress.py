@@ -27,11 +27,13 @@ def test_plain_lines_come_now_and_then_and_at_the_end(tmp_path, capsys, clock):
         Progress(workdir, "ppo", 105, start=5, every_s=10) as shown,
     ):
         for step in range(6, 106):
-            clock.now += 1.0
+            clock.now += 30.0 if step == 6 else 1.0
             shown.update(step, {"reward": 4.123456}, tokens=500)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
-    assert lines[0] == "ppo 15/105  reward 4.123  500 tokens/s  ETA 1:30"
+    # The first step compiles: it is shown, but says nothing of the speed of the others.
+    assert lines[0] == "ppo 6/105  reward 4.123"
+    assert len(lines) == 11
+    assert lines[1] == "ppo 16/105  reward 4.123  500 tokens/s  ETA 1:29"
     assert lines[-1] == "ppo 105/105  reward 4.123  500 tokens/s  ETA 0:00"
 
 
