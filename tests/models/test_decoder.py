@@ -78,6 +78,15 @@ def test_packed_segments_equal_separate_rows(model):
     )
 
 
+def test_blocks_of_queries_in_a_long_row_change_nothing(model):
+    long = tokens(1, 70)  # not a multiple of the number of blocks
+    short = run(model, long[:, :50])  # one block
+    np.testing.assert_allclose(run(model, long)[:, :50], short, atol=2e-5)
+    segments = jnp.asarray([[1] * 33 + [2] * 37])
+    hidden = run(model, long, None, segments)
+    np.testing.assert_allclose(hidden[:, 33:], run(model, long[:, 33:]), atol=5e-5)
+
+
 def test_padding_before_a_segment_is_not_seen(model):
     row = tokens(1, 8)
     left = jnp.concatenate([jnp.full((1, 4), 9), row], axis=1)

@@ -98,7 +98,7 @@ def our_logits(model, tokens):
     return np.asarray(jax.jit(lambda m, t: m.logits(m(t)))(model, tokens))
 
 
-TOKENS = jax.random.randint(jax.random.key(0), (2, 40), 0, SIZES["vocab_size"])
+TOKENS = jax.random.randint(jax.random.key(0), (2, 70), 0, SIZES["vocab_size"])
 
 
 @pytest.mark.parametrize("case", CASES)
