@@ -205,7 +205,9 @@ def _finished(workdir: Workdir) -> int | None:
         return None
     if content["status"] not in ("done", "partial"):
         if workdir.is_writer:
-            workdir.report.unlink()  # it tells of the attempt before this one
+            # They tell of the attempt before this one.
+            workdir.report.unlink()
+            (workdir.path / "report.md").unlink(missing_ok=True)
         return None
     report.print_summary(content, workdir)
     return _STATUS_OF_REPORT[content["status"]]
