@@ -325,7 +325,7 @@ class Engine:
         return slot
 
     def close(self, slot: int) -> None:
-        """Ends the slot's stream. If it is speaking, it is freed when that turn has ended, unseen."""
+        """Ends the slot's stream; a slot that speaks is freed when its turn has ended, unseen."""
         if self._slots[slot].budget:
             self._slots[slot].closing = True
         else:

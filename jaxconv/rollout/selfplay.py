@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jaxconv.data.conversation import Message
 from jaxconv.data.template import ChatTemplate
 from jaxconv.envs.base import Env, Player, Step
+from jaxconv.errors import Refused
 from jaxconv.rollout.engine import Engine, Turn
 from jaxconv.rollout.stream import Stream
 
@@ -83,7 +84,11 @@ class _Live:
     heard: list[list[Message]]  # by seat, not yet told to it
     cut: list[bool]  # by seat: its last turn ended without the end token
     to_act: tuple[int, ...] = ()
-    actions: dict[str, str] = dataclasses.field(default_factory=dict)
+    actions: dict[int, str] = dataclasses.field(default_factory=dict)  # by seat
+
+    def said(self) -> list[tuple[int, str]]:
+        """This round's words so far in the order of seats asked, whoever was quickest."""
+        return [(seat, self.actions[seat]) for seat in self.to_act if seat in self.actions]
 
     def state_dict(self) -> dict:
         return {
@@ -163,6 +168,8 @@ class SelfPlay:
         for engine in self._engines:
             engine.reset()
         self._queue = collections.deque(games)
+        self._live, self._owner = {}, {}
+        self._flying.clear()
         self._next = 0
         self.finished = []
 
@@ -237,7 +244,7 @@ class SelfPlay:
             heard=[[Message(**m) for m in heard] for heard in state["heard"]],
             cut=state["cut"],
             to_act=tuple(state["to_act"]),
-            actions=state["actions"],
+            actions={int(seat): text for seat, text in state["actions"].items()},
         )
 
     def _script(self, game: Game, seat: int, env: Env, agent: str) -> Player:
@@ -291,6 +298,12 @@ class SelfPlay:
             if lanes:
                 wanted[seat] = lanes[(2 * game.id + (seat - first) % n) % len(lanes)]
         need = collections.Counter(wanted.values())
+        for index, count in need.items():
+            if count > self._engines[index].shape.slots:
+                raise Refused(
+                    f"a game of {n} agents needs {count} slots of one engine; "
+                    f"rollout slots are {self._engines[index].shape.slots}"
+                )
         if any(self._engines[index].free < count for index, count in need.items()):
             return None
         lanes = {}
@@ -316,7 +329,6 @@ class SelfPlay:
                 self._end(live)
                 return
             live.to_act = tuple(agents.index(agent) for agent in step.to_act)
-            live.actions = {}
             for seat in live.to_act:
                 if seat in live.lanes:
                     if not self._tell(live, seat):
@@ -329,7 +341,13 @@ class SelfPlay:
                     self._act(live, seat, text)
             if len(live.actions) < len(live.to_act):
                 return
-            step = live.env.step(live.actions)
+            step = self._step(live)
+
+    def _step(self, live: _Live) -> Step:
+        """Everybody who was asked has spoken."""
+        said, live.actions = live.said(), {}
+        live.played.transcript += said
+        return live.env.step({live.played.agents[seat]: text for seat, text in said})
 
     def _book(self, played: Played, step: Step) -> None:
         for seat, agent in enumerate(played.agents):
@@ -338,8 +356,8 @@ class SelfPlay:
             if played.turn_rewards[seat]:
                 played.turn_rewards[seat][-1] += reward
             played.infos[seat] = info = step.infos.get(agent, {})
-            if "valid" in info and len(played.valid[seat]) < len(played.texts[seat]):
-                played.valid[seat].append(bool(info["valid"]))
+            if len(played.valid[seat]) < len(played.texts[seat]):
+                played.valid[seat].append(bool(info.get("valid", True)))
 
     def _tell(self, live: _Live, seat: int) -> bool:
         """Appends what a seat heard to its stream and lets it speak; False if it does not fit."""
@@ -373,16 +391,20 @@ class SelfPlay:
             return
         self._act(live, seat, self._template.decode(turn.tokens))
         if len(live.actions) == len(live.to_act):
-            self._take(live, live.env.step(live.actions))
+            self._take(live, self._step(live))
 
     def _act(self, live: _Live, seat: int, text: str) -> None:
         played = live.played
         played.texts[seat].append(text)
         played.turn_rewards[seat].append(0.0)
-        played.transcript.append((seat, text))
-        live.actions[played.agents[seat]] = text
+        live.actions[seat] = text
 
     def _end(self, live: _Live) -> None:
+        if live.played.truncated:
+            # Words that reached nobody because somebody else's stream was full.
+            live.played.transcript += live.said()
+            for texts, valid in zip(live.played.texts, live.played.valid, strict=True):
+                valid += [True] * (len(texts) - len(valid))
         for index, slot in live.lanes.values():
             del self._owner[index, slot]
             self._engines[index].close(slot)
