@@ -97,9 +97,10 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
 
     # jax is imported and told what to do only now that the input has been accepted.
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every step at lower levels
-    from jaxconv.train import compile_cache
+    from jaxconv.train import compile_cache, mesh
 
     compile_cache.enable()
+    mesh.split_cpu()
     writer = _join_processes(values)
     path = Path(values.workdir or f"runs/{loaded.name}-{loaded.preset}")
     if writer:

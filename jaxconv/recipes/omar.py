@@ -39,6 +39,7 @@ from jaxconv.rollout.terminal import TerminalPlayer, printable
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.train import compile_cache, interrupt, warm_start
 from jaxconv.train.checkpoint import Checkpoints
+from jaxconv.train.mesh import replicate
 from jaxconv.train.metrics import MetricsWriter
 from jaxconv.train.optimizer import make_optimizer
 from jaxconv.train.ppo import PPO, Credit, Minibatching
@@ -181,7 +182,7 @@ class World:
 
 
 def set_weights(engines: Sequence[Engine], model: ActorCritic) -> None:
-    weights = unstack(model)
+    weights = jax.device_put(unstack(model), jax.local_devices()[0])
     for engine in engines:
         engine.weights = weights
 
@@ -215,6 +216,7 @@ def starting_model(config, workdir: Workdir) -> tuple[ActorCritic, object]:
         pad_token_id=tokenizer.pad_token_id,
         dtype=m.dtype,
         remat=m.remat,
+        unroll_layers=m.num_layers <= 4,
     )
     model = jax.jit(Decoder, static_argnums=0)(decoder, jax.random.key(config.seed))
     return ActorCritic(model, ValueHead(m.embed_dim)), tokenizer
@@ -356,6 +358,7 @@ def self_play(
         value_gradient=s.value_gradient,
         teams=len(teams),
     )
+    frozen = replicate(frozen, ppo.mesh)
     state = TrainState.create(jax.tree.map(lambda x: x.copy(), frozen), optimizer)
     engines = world.engines(state.model)
     table = world.table({LEARNER: engines})

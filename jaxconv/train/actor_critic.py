@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxconv_kernels import linear_logprob
 
 from jaxconv.data.packing import TokenBatch
 from jaxconv.models.heads import ActorCritic
+from jaxconv.train.mesh import ROWS, WHOLE
 
 
 def evaluate_tokens(
@@ -41,20 +43,27 @@ def evaluate_tokens(
     return logprob.reshape(value.shape), entropy.reshape(value.shape), value
 
 
-@functools.partial(jax.jit, static_argnames=("temperature",))
+@functools.partial(jax.jit, static_argnames=("temperature", "mesh"))
 def score(
-    model: ActorCritic, batches: TokenBatch, count: jax.Array, *, temperature: float
+    model: ActorCritic, batches: TokenBatch, count: jax.Array, *, temperature: float, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs of the targets and values, float32 [M, R, W], of the first `count` micro-batches.
 
-    What lies behind them stays 0 and costs nothing.
+    What lies behind them stays 0 and costs nothing. Rows are shared out over the mesh.
     """
 
-    def body(i, carry):
-        logprobs, values = carry
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
-        logprob, _, value = evaluate_tokens(model, batch, temperature=temperature)
-        return logprobs.at[i].set(logprob), values.at[i].set(value)
+    def local(model, batches, count):
+        def body(i, carry):
+            logprobs, values = carry
+            batch = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches
+            )
+            logprob, _, value = evaluate_tokens(model, batch, temperature=temperature)
+            return logprobs.at[i].set(logprob), values.at[i].set(value)
 
-    zeros = jnp.zeros(batches.tokens.shape, jnp.float32)
-    return jax.lax.fori_loop(0, count, body, (zeros, zeros))
+        zeros = jnp.zeros(batches.tokens.shape, jnp.float32)
+        return jax.lax.fori_loop(0, count, body, (zeros, zeros))
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(WHOLE, ROWS, WHOLE), out_specs=ROWS, check_vma=False
+    )(model, batches, count)

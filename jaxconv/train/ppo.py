@@ -19,6 +19,7 @@ from jaxconv.objectives.metrics import Metrics
 from jaxconv.objectives.ppo import PPOBatch, PPOCoefficients, finish_metrics, ppo_loss
 from jaxconv.objectives.whitening import team_moments, whiten
 from jaxconv.train.actor_critic import evaluate_tokens, score
+from jaxconv.train.mesh import data_mesh, share_rows
 from jaxconv.train.state import TrainState
 from jaxconv.train.update import make_update
 
@@ -118,7 +119,8 @@ class PPO:
             decoder = jax.tree.map(lambda g: g * learn_policy, gradients.decoder)
             return ActorCritic(decoder, gradients.value_head)
 
-        self._update = make_update(loss, optimizer, rest_policy)
+        self.mesh = data_mesh(minibatching.rows)
+        self._update = make_update(loss, optimizer, self.mesh, rest_policy)
 
     def iterate(
         self,
@@ -132,7 +134,7 @@ class PPO:
         """Trains on one batch of finished streams; returns metrics to log.
 
         Args:
-            state: donated.
+            state: donated; its arrays are on every device of `mesh`.
             trajectories: what was said and earned.
             reference: frozen policy for the KL terms.
             learn_policy: False trains the critic's head alone.
@@ -185,9 +187,10 @@ class PPO:
         logprob, value = jax.device_get(
             score(
                 model,
-                microbatches(batch, self.sizes.rows),
+                share_rows(microbatches(batch, self.sizes.rows), self.mesh),
                 _used(packing, self.sizes.rows),
                 temperature=self.temperature,
+                mesh=self.mesh,
             )
         )
         out_logprob = np.zeros(turn_ids.shape, np.float32)
@@ -224,7 +227,8 @@ class PPO:
             ),
             ppo=jax.tree.map(lambda x: packed(x, x.dtype), per_token),
         )
-        return microbatches(batch, self.sizes.rows), _used(packing, self.sizes.rows)
+        batches = share_rows(microbatches(batch, self.sizes.rows), self.mesh)
+        return batches, _used(packing, self.sizes.rows)
 
 
 def _used(packing: Packing, rows: int) -> np.int32:

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxconv.objectives.metrics import Metrics
+from jaxconv.train.mesh import DATA, ROWS, WHOLE
 from jaxconv.train.state import TrainState
 
 Loss = Callable[..., tuple[jax.Array, jax.Array, Metrics]]
@@ -49,12 +51,25 @@ def accumulate(loss: Loss, model: Any, batches: Any, count: jax.Array, *constant
     return jax.lax.fori_loop(0, count, body, (gradients, denominator, metrics))
 
 
+def add_up(gradients: Any, denominator: jax.Array, metrics: Metrics):
+    """The sums of all devices, inside a `shard_map` over the data axis."""
+    return (
+        jax.lax.psum(gradients, DATA),
+        jax.lax.psum(denominator, DATA),
+        Metrics(jax.lax.psum(metrics.sums, DATA), jax.lax.pmax(metrics.maxima, DATA)),
+    )
+
+
 def make_update(
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh,
     scale_gradients: Callable[[Any, jax.Array], Any] | None = None,
 ):
     """A jitted `update(state, batches, count, *constants)` that donates `state`.
+
+    The rows of `batches` are shared out over the mesh; each device adds up its own micro-batches
+    and there is one reduction an update.
 
     It returns `(state, denominator, metrics)`; the metrics are merged but not divided, with
     `gradient_norm` of the mean loss, before clipping, among the maxima.
@@ -62,8 +77,17 @@ def make_update(
     Args:
         loss: the objective.
         optimizer: what turns the gradient of the mean loss into an update.
+        mesh: of `data_mesh`.
         scale_gradients: (gradients, *constants) to gradients, for parts that rest for a while.
     """
+
+    def summed(model, batches, count, *constants):
+        def local(model, batches, count, constants):
+            return add_up(*accumulate(loss, model, batches, count, *constants))
+
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(WHOLE, ROWS, WHOLE, WHOLE), out_specs=WHOLE, check_vma=False
+        )(model, batches, count, constants)
 
     def update(state: TrainState, batches: Any, count: jax.Array, *constants):
         gradients, denominator, metrics = accumulate(loss, state.model, batches, count, *constants)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxconv.data.packing import TokenBatch, first_fit, microbatches, pack_tokens
 from jaxconv.errors import Stopped
@@ -18,10 +19,11 @@ from jaxconv.objectives.sft import sft_loss
 from jaxconv.train import interrupt
 from jaxconv.train.actor_critic import evaluate_tokens
 from jaxconv.train.checkpoint import Checkpoints
+from jaxconv.train.mesh import ROWS, WHOLE, data_mesh, replicate, share_rows
 from jaxconv.train.metrics import MetricsWriter
 from jaxconv.train.progress import Progress
 from jaxconv.train.state import TrainState
-from jaxconv.train.update import make_update
+from jaxconv.train.update import add_up, make_update
 from jaxconv.train.workdir import Workdir
 
 
@@ -79,16 +81,22 @@ def warm_start_loss(model: ActorCritic, batch: WarmStartBatch):
     return total + error, denominator, Metrics(sums)
 
 
-@jax.jit
-def evaluate(model: ActorCritic, batches: WarmStartBatch) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def evaluate(model: ActorCritic, batches: WarmStartBatch, *, mesh: Mesh) -> dict[str, jax.Array]:
     """Mean losses over [M, R, W] packed rows, such as held-out conversations."""
 
-    def body(_, batch):
-        _, denominator, metrics = warm_start_loss(model, batch)
-        return None, (denominator, metrics)
+    def local(model, batches):
+        def body(_, batch):
+            _, denominator, metrics = warm_start_loss(model, batch)
+            return None, (denominator, metrics)
 
-    _, (denominators, metrics) = jax.lax.scan(body, None, batches)
-    return metrics.reduce().means(denominators.sum())
+        _, (denominators, metrics) = jax.lax.scan(body, None, batches)
+        _, denominator, metrics = add_up({}, denominators.sum(), metrics.reduce())
+        return metrics.means(denominator)
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=WHOLE, check_vma=False
+    )(model, batches)
 
 
 def minibatch(examples: Sequence[Example], step: int, size: int, seed: int) -> Iterator[Example]:
@@ -143,9 +151,11 @@ def fit(
     Raises:
         Stopped: the run was asked to stop; its state is saved.
     """
-    update = make_update(warm_start_loss, optimizer)
-    state = TrainState.create(model, optimizer)
+    mesh = data_mesh(sizes.rows)
+    update = make_update(warm_start_loss, optimizer, mesh)
+    state = TrainState.create(replicate(model, mesh), optimizer)
     held_out_batch, _ = pack_examples(held_out, width=sizes.width, rows=sizes.rows, multiple=1)
+    held_out_batch = share_rows(held_out_batch, mesh)
     with Checkpoints(workdir.checkpoints / "warm_start", keep=sizes.keep) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
@@ -157,10 +167,10 @@ def fit(
             for step in range(start + 1, sizes.steps + 1):
                 chosen = list(minibatch(examples, step - 1, sizes.streams, sizes.seed))
                 batch, count = pack_examples(chosen, width=sizes.width, rows=sizes.rows, multiple=4)
-                state, denominator, merged = update(state, batch, np.int32(count))
+                state, denominator, merged = update(state, share_rows(batch, mesh), np.int32(count))
                 metrics = merged.means(denominator)
                 if step % sizes.evaluate_every == 0 or step == sizes.steps:
-                    held = evaluate(state.model, held_out_batch)
+                    held = evaluate(state.model, held_out_batch, mesh=mesh)
                     metrics |= {f"held_out/{name}": value for name, value in held.items()}
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 writer.write(step, metrics)
