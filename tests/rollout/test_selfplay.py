@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from worlds import Talk, make_counter
 
 from jaxconv.data.conversation import Message
-from jaxconv.envs.base import Step
 from jaxconv.errors import Refused
 from jaxconv.models.decode import unstack
 from jaxconv.rollout.engine import Engine, EngineShape
@@ -22,7 +20,7 @@ SHAPE = EngineShape(
 
 
 @pytest.fixture
-def make_selfplay(config, weights, template):
+def make_selfplay(config, weights, template, make_counter):
     def make(make_env, *, lanes=2, shape=SHAPE, policies=None, concurrent=8, turn_budget=6):
         def engine(its_weights):
             engine = Engine(config, shape, stop_ids=[template.end], key=jax.random.key(3))
@@ -59,16 +57,21 @@ def numbers(played) -> np.ndarray:
     return np.array([x for p in played for s in p.streams for x in s.logprob + s.value])
 
 
-WORLDS = {
-    "in turn": lambda: Talk(2, 3),
-    "three in turn": lambda: Talk(3, 2),
-    "together": lambda: Talk(3, 2, together=True),
-}
+WORLDS = ("in turn", "three in turn", "together")
+
+
+@pytest.fixture
+def worlds(talk):
+    return {
+        "in turn": lambda: talk(2, 3),
+        "three in turn": lambda: talk(3, 2),
+        "together": lambda: talk(3, 2, together=True),
+    }
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_streams_hold_exactly_what_each_agent_read_and_said(make_selfplay, template, world):
-    for played in make_selfplay(WORLDS[world]).play(games(6)):
+def test_streams_hold_exactly_what_each_agent_read_and_said(make_selfplay, template, world, worlds):
+    for played in make_selfplay(worlds[world]).play(games(6)):
         n, rounds = len(played.agents), len(played.texts[0])
         assert len(played.transcript) == n * rounds
         lines = iter(played.transcript)
@@ -114,8 +117,8 @@ def test_streams_hold_exactly_what_each_agent_read_and_said(make_selfplay, templ
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_rewards_belong_to_the_turns_that_earned_them(make_selfplay, world):
-    for played in make_selfplay(WORLDS[world]).play(games(4)):
+def test_rewards_belong_to_the_turns_that_earned_them(make_selfplay, world, worlds):
+    for played in make_selfplay(worlds[world]).play(games(4)):
         for seat, texts in enumerate(played.texts):
             words = [float(len(text.split())) for text in texts]
             assert played.turn_rewards[seat] == [*words[:-1], words[-1] + 100]
@@ -126,20 +129,20 @@ def test_rewards_belong_to_the_turns_that_earned_them(make_selfplay, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("change", [{"lanes": 1}, {"lanes": 3}, {"concurrent": 1}], ids=str)
-def test_the_schedule_changes_nothing(make_selfplay, world, change):
-    expected = make_selfplay(WORLDS[world]).play(games(7))
-    played = make_selfplay(WORLDS[world], **change).play(games(7))
+def test_the_schedule_changes_nothing(make_selfplay, world, change, worlds):
+    expected = make_selfplay(worlds[world]).play(games(7))
+    played = make_selfplay(worlds[world], **change).play(games(7))
     assert plain(played) == plain(expected)
     np.testing.assert_allclose(numbers(played), numbers(expected), atol=1e-4)
 
 
-def test_games_come_back_in_the_order_asked_for(make_selfplay):
+def test_games_come_back_in_the_order_asked_for(make_selfplay, worlds):
     asked = games(9)[::-1]
-    assert [p.game for p in make_selfplay(WORLDS["in turn"]).play(asked)] == asked
+    assert [p.game for p in make_selfplay(worlds["in turn"]).play(asked)] == asked
 
 
-def test_scripts_and_policies_share_a_game(make_selfplay):
-    played = make_selfplay(WORLDS["three in turn"]).play(games(4, ("count", "model", "tally")))
+def test_scripts_and_policies_share_a_game(make_selfplay, worlds):
+    played = make_selfplay(worlds["three in turn"]).play(games(4, ("count", "model", "tally")))
     for game in played:
         assert game.streams[0].tokens == game.streams[2].tokens == []
         assert game.streams[1].turns == 2
@@ -151,8 +154,8 @@ def test_scripts_and_policies_share_a_game(make_selfplay):
             assert game.texts[seat] == [f"{name} {n}" for n in heard]
 
 
-def test_games_among_scripts_alone_need_no_engine(make_selfplay):
-    (game,) = make_selfplay(WORLDS["in turn"], policies=None).play(games(1, ("count", "tally")))
+def test_games_among_scripts_alone_need_no_engine(make_selfplay, worlds):
+    (game,) = make_selfplay(worlds["in turn"], policies=None).play(games(1, ("count", "tally")))
     assert [text for _, text in game.transcript] == [
         "count 1", "tally 2", "count 2", "tally 3", "count 3", "tally 4",
     ]  # fmt: skip
@@ -163,26 +166,26 @@ def test_the_last_of_a_cast_plays_all_further_seats():
     assert [game.player(seat) for seat in range(4)] == ["a", "b", "b", "b"]
 
 
-def test_each_policy_speaks_with_its_own_weights(make_selfplay, make_model, weights):
+def test_each_policy_speaks_with_its_own_weights(make_selfplay, make_model, weights, worlds):
     other = unstack(make_model(1))
     mixed = make_selfplay(
-        WORLDS["in turn"], policies={"model": weights, "other": other}, lanes=1
+        worlds["in turn"], policies={"model": weights, "other": other}, lanes=1
     ).play(games(4, ("model", "other")))
     for name, its_weights, seat in (("model", weights, 0), ("other", other, 1)):
         # Its words in reply to the same words heard are those of self-play, as far as that goes.
-        own = make_selfplay(WORLDS["in turn"], policies={name: its_weights}, lanes=1)
+        own = make_selfplay(worlds["in turn"], policies={name: its_weights}, lanes=1)
         own = own.play(games(4, (name,)))
         openers = [i for i, game in enumerate(mixed) if game.transcript[0][0] == seat]
         assert openers
         for i in openers:
             assert mixed[i].transcript[0] == own[i].transcript[0]
-    assert plain(mixed) != plain(make_selfplay(WORLDS["in turn"]).play(games(4, ("model",))))
+    assert plain(mixed) != plain(make_selfplay(worlds["in turn"]).play(games(4, ("model",))))
 
 
-def test_a_game_is_cut_when_a_stream_is_full(make_selfplay, template):
+def test_a_game_is_cut_when_a_stream_is_full(make_selfplay, template, talk):
     """The outcome is unknown: no final reward; records stay in lockstep, slots are free again."""
     shape = dataclasses.replace(SHAPE, lengths=(48,))
-    selfplay = make_selfplay(lambda: Talk(2, 40, together=True), shape=shape, turn_budget=20)
+    selfplay = make_selfplay(lambda: talk(2, 40, together=True), shape=shape, turn_budget=20)
     played = selfplay.play(games(8))
     assert all(game.truncated for game in played)
     for game in played:
@@ -197,13 +200,13 @@ def test_a_game_is_cut_when_a_stream_is_full(make_selfplay, template):
 
 @pytest.mark.parametrize("world", ["together", "in turn"])
 @pytest.mark.parametrize("lengths", [(48,), (160,)])
-def test_a_snapshot_at_any_moment_continues_bit_for_bit(make_selfplay, world, lengths):
+def test_a_snapshot_at_any_moment_continues_bit_for_bit(make_selfplay, world, lengths, worlds):
     """Through JSON and numpy, at every step, speakers cut off by the cache's end included."""
     shape = dataclasses.replace(SHAPE, lengths=lengths)
     cast = ("model", "count", "model")
 
     def fresh():
-        return make_selfplay(WORLDS[world], shape=shape, lanes=2)
+        return make_selfplay(worlds[world], shape=shape, lanes=2)
 
     selfplay = fresh()
     asked = [*games(5, cast), Game(99, 7, ("model",))]
@@ -228,9 +231,9 @@ def test_a_snapshot_at_any_moment_continues_bit_for_bit(make_selfplay, world, le
         assert [dataclasses.asdict(p) for p in again.results(asked)] == expected
 
 
-def test_one_burst_is_in_flight(make_selfplay):
+def test_one_burst_is_in_flight(make_selfplay, worlds):
     """The next burst starts before the last is read."""
-    selfplay = make_selfplay(WORLDS["in turn"], lanes=2)
+    selfplay = make_selfplay(worlds["in turn"], lanes=2)
     selfplay.start(games(6))
     most, flying = 0, []
     while selfplay.advance():
@@ -240,8 +243,8 @@ def test_one_burst_is_in_flight(make_selfplay):
     assert flying.count(1) > len(flying) / 2
 
 
-def test_starting_again_forgets_what_was_under_way(make_selfplay):
-    selfplay = make_selfplay(WORLDS["in turn"])
+def test_starting_again_forgets_what_was_under_way(make_selfplay, worlds):
+    selfplay = make_selfplay(worlds["in turn"])
     expected = plain(selfplay.play(games(3)))
     selfplay.start(games(6))
     for _ in range(4):
@@ -249,32 +252,29 @@ def test_starting_again_forgets_what_was_under_way(make_selfplay):
     assert plain(selfplay.play(games(3))) == expected
 
 
-def test_a_game_that_can_never_be_seated_is_refused(make_selfplay):
+def test_a_game_that_can_never_be_seated_is_refused(make_selfplay, worlds):
     shape = dataclasses.replace(SHAPE, slots=2)
     with pytest.raises(Refused, match=r"3 agents needs 3 slots.*slots are 2"):
-        make_selfplay(WORLDS["three in turn"], shape=shape, lanes=1).play(games(1))
+        make_selfplay(worlds["three in turn"], shape=shape, lanes=1).play(games(1))
 
 
-class Mute(Talk):
-    """Says nothing of validity and cuts the episode itself."""
+def test_an_environment_may_cut_a_game_and_judge_no_turn(make_selfplay, talk):
+    class Mute(talk):
+        def step(self, actions):
+            return dataclasses.replace(super().step(actions), infos={}, truncated=True, to_act=())
 
-    def step(self, actions) -> Step:
-        return dataclasses.replace(super().step(actions), infos={}, truncated=True, to_act=())
-
-
-def test_an_environment_may_cut_a_game_and_judge_no_turn(make_selfplay):
     (game,) = make_selfplay(lambda: Mute(2, 3, together=True)).play(games(1))
     assert game.truncated
     assert len(game.transcript) == 2
     assert game.valid == [[True], [True]]
 
 
-def test_the_records_are_those_of_the_trainer(make_selfplay, model, template):
+def test_the_records_are_those_of_the_trainer(make_selfplay, model, template, worlds):
     """Log-prob and value at every token of every turn, cuts and later turns included."""
     from jaxconv.data.packing import first_fit, pack_tokens
     from jaxconv.train.actor_critic import evaluate_tokens
 
-    played = make_selfplay(WORLDS["together"]).play(games(4))
+    played = make_selfplay(worlds["together"]).play(games(4))
     streams = [s for game in played for s in game.streams]
     packing = first_fit([len(s.tokens) for s in streams], 160)
     batch = pack_tokens(

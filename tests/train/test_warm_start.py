@@ -1,0 +1,107 @@
+"""Imitation: which tokens are learned, what the critic learns, and in which order."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxconv.train.mesh import data_mesh
+from jaxconv.train.state import TrainState
+from jaxconv.train.update import make_update
+from jaxconv.train.warm_start import (
+    Example,
+    evaluate,
+    minibatch,
+    pack_examples,
+    warm_start_loss,
+)
+
+
+def examples(n=12, seed=0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(n):
+        size = int(rng.integers(2, 14))
+        own = rng.random(size) < 0.5
+        own[-1] = True
+        out.append(Example(rng.integers(0, 40, size).tolist(), own.tolist(), float(rng.random())))
+    return out
+
+
+def by_hand(model, some):
+    """(nll, squared error, tokens) summed over the own tokens of each example alone."""
+    nll = error = tokens = 0.0
+    for e in some:
+        hidden = model.decoder(jnp.asarray([e.tokens]))[0]
+        logprob = jax.nn.log_softmax(model.decoder.logits(hidden))
+        value = model.value_head(hidden)
+        for i in range(1, len(e.tokens)):
+            if e.own[i]:
+                nll -= float(logprob[i - 1, e.tokens[i]])
+                error += 0.5 * float(value[i - 1] - e.outcome) ** 2
+                tokens += 1
+    return nll, error, tokens
+
+
+def test_the_loss_is_that_of_the_own_tokens(small_actor_critic):
+    model, some = small_actor_critic(), examples()
+    nll, error, tokens = by_hand(model, some)
+    batch, used = pack_examples(some, width=16, rows=2, multiple=4)
+    assert batch.tokens.tokens.shape == (len(batch.outcome), 2, 16)
+    assert used <= len(batch.outcome) and not batch.tokens.mask[used:].any()
+    means = evaluate(model, batch, mesh=data_mesh(2))
+    np.testing.assert_allclose(means["nll"], nll / tokens, rtol=1e-5)
+    np.testing.assert_allclose(means["critic_loss"], error / tokens, rtol=1e-4)
+
+
+def test_packing_does_not_change_the_loss(small_actor_critic):
+    model, some = small_actor_critic(), examples()
+    losses = [
+        evaluate(
+            model,
+            pack_examples(some, width=width, rows=rows, multiple=1)[0],
+            mesh=data_mesh(rows),
+        )["nll"]
+        for width, rows in ((16, 2), (32, 1), (16, 5))
+    ]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+def test_the_critic_leaves_the_trunk_alone(small_actor_critic):
+    """The decoder's gradient is that of the words; outcomes do not enter it."""
+    model, some = small_actor_critic(), examples()
+    batch = jax.tree.map(
+        lambda x: jnp.asarray(x[0]), pack_examples(some, width=48, rows=8, multiple=1)[0]
+    )
+    other = type(batch)(batch.tokens, batch.outcome + 100.0)
+    gradient = jax.jit(jax.grad(lambda m, b: warm_start_loss(m, b)[0]))
+    first, second = gradient(model, batch), gradient(model, other)
+    jax.tree.map(np.testing.assert_array_equal, first.decoder, second.decoder)
+    assert (first.value_head.kernel[...] != second.value_head.kernel[...]).any()
+
+
+def test_training_learns_the_words_and_the_outcomes(small_actor_critic):
+    some = examples(4)
+    optimizer, mesh = optax.adam(1e-2), data_mesh(2)
+    update = make_update(warm_start_loss, optimizer, mesh)
+    state = TrainState.create(small_actor_critic(), optimizer)
+    batch, used = pack_examples(some, width=32, rows=2, multiple=1)
+    before = evaluate(state.model, batch, mesh=mesh)
+    for _ in range(60):
+        state, _, _ = update(state, batch, np.int32(used))
+    after = evaluate(state.model, batch, mesh=mesh)
+    assert after["nll"] < 0.3 * before["nll"]
+    assert after["critic_loss"] < 0.3 * before["critic_loss"]
+
+
+def test_every_epoch_has_every_example_once_in_a_new_order():
+    some = examples(7)
+    seen = [e for step in range(7) for e in minibatch(some, step, 3, seed=1)]
+    epochs = [seen[:7], seen[7:14], seen[14:]]
+    for epoch in epochs:
+        assert collections.Counter(map(id, epoch)) == collections.Counter(map(id, some))
+    assert [list(map(id, e)) for e in epochs[:2]] != [list(map(id, e)) for e in epochs[1:]]
+    assert list(minibatch(some, 5, 3, seed=1)) == seen[15:18]  # of the step alone
+    assert [e for s in range(7) for e in minibatch(some, s, 3, seed=2)] != seen
