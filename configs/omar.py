@@ -1,4 +1,4 @@
-"""OMAR: one model plays every role of a conversation and learns from how it ends (arXiv 2602.03109).
+"""OMAR: one model plays every role of a conversation and learns from its end (arXiv 2602.03109).
 
 tiny      a 0.14 M-parameter model from scratch on two-player bargaining: minutes on a laptop CPU.
 league    the same with two and three players, longer, then a round robin with every script.
@@ -74,6 +74,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.self_play.invalid_penalty = 0.05  # taken from the reward of a turn nobody understands
 
     config.credit = ConfigDict()
+    config.credit.estimator = "hierarchical"  # or "token": plain GAE, which knows no turns
     config.credit.gamma_turn = 1.0
     config.credit.lam_turn = 0.95
     config.credit.gamma_token = 1.0

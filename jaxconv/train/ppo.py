@@ -12,7 +12,7 @@ import optax
 from jaxconv.data.packing import Packing, TokenBatch, first_fit, microbatches, pack_tokens, shift
 from jaxconv.data.trajectories import Trajectories
 from jaxconv.models.heads import ActorCritic
-from jaxconv.objectives.advantages import hierarchical_advantages
+from jaxconv.objectives.advantages import hierarchical_advantages, token_gae
 from jaxconv.objectives.importance import truncated_importance_weights
 from jaxconv.objectives.kl import kl_token_rewards
 from jaxconv.objectives.metrics import Metrics
@@ -23,20 +23,28 @@ from jaxconv.train.mesh import data_mesh, share_rows
 from jaxconv.train.state import TrainState
 from jaxconv.train.update import make_update
 
+ESTIMATORS = ("hierarchical", "token")
+
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """How rewards become advantages; see `hierarchical_advantages` and `whiten`.
+    """How rewards become advantages; see `hierarchical_advantages`, `token_gae` and `whiten`.
 
     Attributes:
+        estimator: "hierarchical", or "token" for plain GAE over all action tokens, which reads
+            `gamma_token` and `lam_token` alone and has a turn's reward on its last token.
         gamma_turn, lam_turn, gamma_token, lam_token: discounts and traces of the two levels.
         anchor: "first" or "last", where a turn's value is read.
         deposit: "return" or "seed", how a turn's advantage reaches its last token.
         whitening: "whiten", "center" or "none", within each team.
         importance_cap: largest weight of trainer against sampler.
         reward_kl: KL to the reference as a token reward, per nat.
+
+    Raises:
+        ValueError: an unknown estimator.
     """
 
+    estimator: str = "hierarchical"
     gamma_turn: float = 1.0
     lam_turn: float = 0.95
     gamma_token: float = 1.0
@@ -46,6 +54,12 @@ class Credit:
     whitening: str = "whiten"
     importance_cap: float = 2.0
     reward_kl: float = 0.0
+
+    def __post_init__(self):
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(
+                f"credit.estimator is {self.estimator!r}; it may be 'hierarchical' or 'token'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,20 +272,14 @@ def _credit_tokens(
         token_rewards_BT = kl_token_rewards(
             old_logprob_BT, ref_logprob_BT, mask_BT, coefficient=credit.reward_kl
         )
-    advantages_BT, targets_BT = hierarchical_advantages(
+    advantages_BT, targets_BT = _advantages(
         value_BT,
         turn_rewards_BN,
         token_rewards_BT,
         turn_ids_BT,
-        mask_BT,
+        keep_turns_BN,
         bootstrap_B,
-        gamma_turn=credit.gamma_turn,
-        lam_turn=credit.lam_turn,
-        gamma_token=credit.gamma_token,
-        lam_token=credit.lam_token,
-        anchor=credit.anchor,
-        deposit=credit.deposit,
-        keep_turns=keep_turns_BN,
+        credit,
     )
     weights_BT, drift = truncated_importance_weights(
         old_logprob_BT, behaviour_BT, mask_BT, cap=credit.importance_cap
@@ -294,3 +302,47 @@ def _credit_tokens(
         mask=mask_BT,
     )
     return batch, metrics
+
+
+def _advantages(
+    value_BT,
+    turn_rewards_BN,
+    token_rewards_BT,
+    turn_ids_BT,
+    keep_turns_BN,
+    bootstrap_B,
+    credit: Credit,
+) -> tuple[jax.Array, jax.Array]:
+    """(advantages, critic targets) of every action token by the estimator of `credit`."""
+    mask_BT = turn_ids_BT >= 0
+    if credit.estimator == "hierarchical":
+        return hierarchical_advantages(
+            value_BT,
+            turn_rewards_BN,
+            token_rewards_BT,
+            turn_ids_BT,
+            mask_BT,
+            bootstrap_B,
+            gamma_turn=credit.gamma_turn,
+            lam_turn=credit.lam_turn,
+            gamma_token=credit.gamma_token,
+            lam_token=credit.lam_token,
+            anchor=credit.anchor,
+            deposit=credit.deposit,
+            keep_turns=keep_turns_BN,
+        )
+    turn_BT = jnp.maximum(turn_ids_BT, 0)
+    # Something is read before every turn, so a turn ends where the next token has another id.
+    next_BT = jnp.pad(turn_ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    at_end_BT = mask_BT & (next_BT != turn_ids_BT)
+    earned_BT = jnp.take_along_axis(turn_rewards_BN, turn_BT, axis=1)
+    advantages_BT, targets_BT = token_gae(
+        value_BT,
+        token_rewards_BT + jnp.where(at_end_BT, earned_BT, 0.0),
+        mask_BT,
+        bootstrap_B,
+        gamma=credit.gamma_token,
+        lam=credit.lam_token,
+    )
+    kept_BT = jnp.take_along_axis(keep_turns_BN, turn_BT, axis=1)
+    return jnp.where(kept_BT, advantages_BT, 0.0), jnp.where(kept_BT, targets_BT, value_BT)
