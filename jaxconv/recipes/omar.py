@@ -78,7 +78,6 @@ def check(config) -> None:
     """Refuses what cannot work, before any work is done."""
     _training, _held_out = envs.temperaments(config.env.name)
     envs.make(config.env.name, **env_options(config))
-    check_pair(config.credit.anchor, config.credit.deposit)
     ppo_parts(config)
     QualityRules(**config.quality)
     parse_steps(config.profile.steps)
@@ -125,6 +124,7 @@ def engine_shape(config) -> EngineShape:
 
 def ppo_parts(config) -> tuple[PPOCoefficients, Credit, Minibatching]:
     try:
+        check_pair(config.credit.anchor, config.credit.deposit)
         return (
             PPOCoefficients(**config.loss),
             Credit(**config.credit),

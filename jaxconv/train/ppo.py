@@ -12,9 +12,10 @@ import optax
 from jaxconv.data.packing import Packing, TokenBatch, first_fit, microbatches, pack_tokens, shift
 from jaxconv.data.trajectories import Trajectories
 from jaxconv.models.heads import ActorCritic
-from jaxconv.objectives.advantages import hierarchical_advantages, token_gae
+from jaxconv.objectives.advantages import hierarchical_advantages, token_gae, turn_advantages
 from jaxconv.objectives.importance import truncated_importance_weights
 from jaxconv.objectives.kl import kl_token_rewards
+from jaxconv.objectives.masked import masked_mean, masked_std
 from jaxconv.objectives.metrics import Metrics
 from jaxconv.objectives.ppo import PPOBatch, PPOCoefficients, finish_metrics, ppo_loss
 from jaxconv.objectives.whitening import team_moments, whiten
@@ -292,6 +293,23 @@ def _credit_tokens(
     tokens = jnp.maximum(mask_BT.sum(), 1)
     metrics["advantage/abs_mean"] = jnp.abs(advantages_BT).sum() / tokens
     metrics["advantage/zero_fraction"] = ((advantages_BT == 0) & mask_BT).sum() / tokens
+    turns = turn_advantages(
+        value_BT,
+        turn_rewards_BN,
+        turn_ids_BT,
+        mask_BT,
+        bootstrap_B,
+        gamma_turn=credit.gamma_turn,
+        lam_turn=credit.lam_turn,
+        anchor=credit.anchor,
+        keep_turns=keep_turns_BN,
+    )
+    turn_std = masked_std(turns.advantage, turns.present)
+    metrics["advantage/turn_mean"] = masked_mean(turns.advantage, turns.present)
+    metrics["advantage/turn_std"] = turn_std
+    metrics["advantage/turn_abs_mean"] = masked_mean(jnp.abs(turns.advantage), turns.present)
+    target_std = jnp.maximum(masked_std(turns.target, turns.present), 1e-8)
+    metrics["critic/explained_variance_turn"] = 1.0 - jnp.square(turn_std / target_std)
     batch = PPOBatch(
         old_logprob=old_logprob_BT,
         ref_logprob=ref_logprob_BT,
