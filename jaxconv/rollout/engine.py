@@ -50,8 +50,8 @@ class EngineShape:
 
     Attributes:
       slots: rows of the cache.
-      lengths: cache lengths, ascending. The cache grows from one to the next when a stream needs
-        it; the last one is where a stream ends.
+      lengths: cache lengths, ascending. The cache grows from one to the next when a stream gets
+        there; the last one is where a stream ends.
       burst: most tokens that one dispatch decodes in a slot.
       leave: fraction of the slots speaking at the start of a burst after whose end the burst leaves
           early.
@@ -356,8 +356,8 @@ class Engine:
 
     def dispatch(self) -> None:
         """Starts the prefills that wait and one burst; returns at once."""
+        self._grow()
         if self._waiting:
-            self._grow_for(self._waiting)
             self._prefill(self._waiting)
             self._give_turns(self._waiting)
             self._waiting = []
@@ -443,11 +443,20 @@ class Engine:
     def _last(self) -> int:
         return self.shape.lengths[-1] - 1
 
-    def _grow_for(self, slots: Sequence[int]) -> None:
-        """Pads the cache to the bucket that holds these turns to the end of their budget."""
+    def _grow(self) -> None:
+        """Pads the cache to the bucket that holds every stream at the end of the next burst.
+
+        Attention reads the whole bucket at every step, so room for the rest of a turn's budget is
+        made only when the turn gets there. The bursts under way may have sampled all they can.
+        """
+        bursts = (len(self._flying) + 1) * self.shape.burst
         need = max(
-            held.cached + len(held.tail) + held.budget
-            for held in (self._slots[slot] for slot in slots)
+            (
+                held.cached + max(len(held.tail), 1) + len(held.tokens) + min(held.budget, bursts)
+                for held in self._slots.values()
+                if held.budget
+            ),
+            default=0,
         )
         length = next(n for n in self.shape.lengths if n >= need)
         if length > self._state.cache[0][0].shape[2]:

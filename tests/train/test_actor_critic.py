@@ -33,7 +33,8 @@ def test_each_token_is_judged_given_its_own_stream(model, streams, temperature):
     assert {str(x.dtype) for x in out} == {"float32"}
     logprob, entropy, value = (packing.gather(x) for x in out)
     for stream, p, h, v in zip(streams, logprob, entropy, value, strict=True):
-        hidden = model.decoder(jnp.asarray([stream]))[0]
+        hidden = model.decoder(jnp.asarray([[*stream, *[0] * (12 - len(stream))]]))[0]
+        hidden = hidden[: len(stream)]
         distribution = jax.nn.log_softmax(model.decoder.logits(hidden) / temperature)
         expected = distribution[np.arange(len(stream) - 1), stream[1:]]
         np.testing.assert_allclose(p[:-1], expected, atol=1e-5)

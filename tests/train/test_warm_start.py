@@ -34,7 +34,7 @@ def by_hand(model, some):
     """(nll, squared error, tokens) summed over the own tokens of each example alone."""
     nll = error = tokens = 0.0
     for e in some:
-        hidden = model.decoder(jnp.asarray([e.tokens]))[0]
+        hidden = model.decoder(jnp.asarray([[*e.tokens, *[0] * (14 - len(e.tokens))]]))[0]
         logprob = jax.nn.log_softmax(model.decoder.logits(hidden))
         value = model.value_head(hidden)
         for i in range(1, len(e.tokens)):
