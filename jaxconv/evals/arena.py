@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jaxconv.evals.statistics import Estimate, bootstrap_mean, paired_difference, proportion
+from jaxconv.envs import DIMENSIONS, overall
+from jaxconv.evals.statistics import (
+    Estimate,
+    bootstrap_mean,
+    paired_difference,
+    proportion,
+    ratio,
+)
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
 
 
@@ -81,22 +88,25 @@ def play_all(
 def scores(games: Sequence[Played], seat: int, measure: str = "overall") -> np.ndarray:
     """What one seat reached in each game: "overall", "payoff", "deal" or a dimension's name.
 
-    A game that was cut from outside has no outcome; it counts as the lowest score of the batch.
+    A game that was cut from outside has no outcome: no deal, no payoff, and the lowest score of the
+    batch (the lowest there can be, where every game was cut).
     """
     values = []
     for game in games:
         info = game.infos[seat]
-        if "dimensions" not in info:
+        if measure in ("deal", "payoff"):
+            values.append(float(info.get(measure) or 0.0))
+        elif "dimensions" not in info:
             values.append(np.nan)
-        elif measure == "deal":
-            values.append(float(info["deal"]))
-        elif measure == "payoff":
-            values.append(float(info["payoff"] or 0.0))
+        elif measure == "overall":
+            values.append(float(info["overall"]))
         else:
-            values.append(float(info.get(measure, info["dimensions"].get(measure))))
+            values.append(float(info["dimensions"][measure]))
     out = np.array(values)
-    lowest = np.nanmin(out) if not np.isnan(out).all() else 0.0
-    return np.where(np.isnan(out), lowest, out)
+    if np.isnan(out).all():
+        worst = {name: low for name, (low, _) in DIMENSIONS.items()}
+        return np.full(len(out), overall(worst) if measure == "overall" else worst[measure])
+    return np.where(np.isnan(out), np.nanmin(out), out)
 
 
 def advantage(
@@ -135,7 +145,7 @@ def level(
 ) -> dict[str, Estimate | list[Estimate]]:
     """Where a player stands against others: overall score by seat, payoff, deal rate, invalid rate.
 
-    The deal rate has a Wilson interval; the others are bootstrapped over episodes.
+    Payoff, deal rate and invalid rate are over all seats. The episode is the independent unit.
     """
     by_seat = [
         results[Pairing(one_seat(player, seat, others, players), games)] for seat in range(players)
@@ -144,11 +154,24 @@ def level(
         bootstrap_mean(scores(g, seat), seed=seed, unit="points") for seat, g in enumerate(by_seat)
     ]
     payoff = np.mean([scores(g, seat, "payoff") for seat, g in enumerate(by_seat)], axis=0)
-    deals = int(sum(scores(g, seat, "deal").sum() for seat, g in enumerate(by_seat)))
-    valid = [v for seat, g in enumerate(by_seat) for game in g for v in game.valid[seat]]
+    deals = sum(scores(g, seat, "deal") for seat, g in enumerate(by_seat))
+    turns = sum(np.array([len(g.valid[seat]) for g in gs]) for seat, gs in enumerate(by_seat))
+    understood = sum(np.array([sum(g.valid[seat]) for g in gs]) for seat, gs in enumerate(by_seat))
     return {
         "sides": sides,
         "payoff": bootstrap_mean(payoff, seed=seed, unit="points"),
-        "deal": proportion(deals, games * players),
-        "invalid": proportion(len(valid) - int(sum(valid)), max(len(valid), 1)),
+        "deal": _rate(deals, np.full(games, players), seed),
+        "invalid": _rate(turns - understood, turns, seed),
     }
+
+
+def _rate(counts: np.ndarray, totals: np.ndarray, seed: int) -> Estimate:
+    """Σ counts / Σ totals over episodes; where all agree on 0 or 1, with Wilson's interval."""
+    used = totals > 0
+    episodes, hits = int(used.sum()), counts[used]
+    if episodes < 2:
+        # Too little to say anything.
+        return Estimate(float(hits.sum() / max(totals.sum(), 1)), (0.0, 1.0), episodes, "rate")
+    if not hits.any() or np.array_equal(hits, totals[used]):
+        return proportion(episodes if hits.any() else 0, episodes)
+    return ratio(hits, totals[used], seed=seed, unit="rate")

@@ -66,7 +66,7 @@ class Study:
         ]
 
     def pairings(self) -> list[Pairing]:
-        """Everything that has to be played."""
+        """Everything that has to be played, once each."""
         pairs = self.pairs()
         if self.league:
             pairs += [(player, others) for player in self.everybody for others in self.everybody]
@@ -78,7 +78,7 @@ class Study:
                     Pairing(one_seat(player, seat, others, players), self.games_of(player, others))
                     for seat in range(players)
                 ]
-        return out
+        return list(dict.fromkeys(out))
 
 
 def evaluate(study: Study, results: Results) -> Report:
@@ -92,8 +92,13 @@ def evaluate(study: Study, results: Results) -> Report:
         report.sections[heading] = _table(study, results, players)
         if study.league:
             _league(report, study, results, players, prefix)
-    if any(report.results[f"transfer/{name}"].ci95[1] < 0 for name in study.held_out):
-        report.notes.append("A transfer interval lies wholly below zero: see transfer/….")
+    worse = [
+        name
+        for name, estimate in report.results.items()
+        if "transfer/" in name and estimate.ci95[1] < 0
+    ]
+    if worse:
+        report.notes.append(f"Wholly below zero: {', '.join(worse)}.")
     return report
 
 

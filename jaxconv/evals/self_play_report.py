@@ -102,7 +102,7 @@ def write_model_card(workdir: Workdir, config, report: Report) -> None:
         for name, estimate in report.results.items()
         if name.startswith(("gain/", "transfer/", "dimension/", "invalid/"))
     )
-    base = config.model.path or "none: trained from random weights"
+    base = escape(config.model.path) or "none: trained from random weights"
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -17,7 +17,11 @@ class TerminalPlayer:
 
         console = Console()
         for message in messages:
-            who = "" if message.role == "system" else f"[bold]{escape(message.name or '')}:[/] "
+            who = (
+                ""
+                if message.role == "system"
+                else f"[bold]{escape(printable(message.name or ''))}:[/] "
+            )
             console.print(f"{who}{escape(printable(message.content))}")
         return console.input(f"[bold green]{escape(self._agent)} (you):[/] ").strip()
 
@@ -29,5 +33,5 @@ class TerminalPlayer:
 
 
 def printable(text: str) -> str:
-    """Text that cannot move the cursor or change the terminal: control characters are shown as ?."""
+    """`text` without what moves the cursor or changes the terminal: control characters become ?."""
     return "".join(c if c.isprintable() or c == " " else "?" for c in text)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxconv.data.trajectories import Trajectories
+from jaxconv.errors import Failed
 from jaxconv.rollout.selfplay import Played
 
 
@@ -19,6 +20,8 @@ def to_trajectories(
 ) -> Trajectories:
     """Collects every stream in which a policy spoke.
 
+    Raises Failed when none did.
+
     Args:
         games: finished conversations.
         keep: [game][seat][turn], the quality filter's verdicts.
@@ -32,6 +35,10 @@ def to_trajectories(
         for seat, stream in enumerate(game.streams)
         if stream.turns
     ]
+    if not rows:
+        raise Failed(
+            f"nobody spoke in {len(games)} games: what agents are told first does not fit the cache"
+        )
     b = _round_up(len(rows), pad_streams)
     t = _round_up(max(len(game.streams[seat].tokens) for game, seat, _ in rows), pad_tokens)
     n = _round_up(max(game.streams[seat].turns for game, seat, _ in rows), pad_turns)
