@@ -53,7 +53,35 @@ LEARNER, TRAINED, FROZEN, SHARP = "learner", "trained", "frozen", "frozen-sharp"
 # Episodes of one run never share a seed across its stages, nor with another run's.
 SEEDS_OF_A_RUN = 1 << 32
 WARM_START_SEEDS, HELD_OUT_SEEDS, SELF_PLAY_SEEDS, ARENA_SEEDS = (i << 28 for i in range(4))
+UNROLLED_LAYERS = 4  # models of up to so many layers run them as straight-line code
 ARENA_GAMES = 1 << 27  # first game id of the arena; self-play counts from 0
+
+AT_LEAST = {
+    "seed": 0,
+    "warm_start.dialogues": 1,
+    "warm_start.held_out": 1,
+    "warm_start.steps": 0,
+    "warm_start.streams": 1,
+    "warm_start.evaluate_every": 1,
+    "warm_start.rows": 1,
+    "rollout.slots": 1,
+    "rollout.engines": 1,
+    "rollout.lengths": 1,
+    "rollout.burst": 1,
+    "rollout.prefill_rows": 1,
+    "rollout.prefill_tokens": 1,
+    "rollout.turn_budget": 1,
+    "self_play.iterations": 0,
+    "self_play.games": 1,
+    "minibatching.epochs": 1,
+    "minibatching.minibatches": 1,
+    "minibatching.rows": 1,
+    "minibatching.capacity": 1,
+    "checkpoint.every": 1,
+    "checkpoint.warm_start_every": 1,
+    "checkpoint.keep": 1,
+}
+"""The least value of fields that count something."""
 
 
 def run(config, workdir: Workdir) -> Report:
@@ -64,6 +92,7 @@ def run(config, workdir: Workdir) -> Report:
     world = World(config, take_apart(tokenizer), start.decoder.config)
     frozen = imitate(config, workdir, world, start, tokenizer)
     trained, notes = self_play(config, workdir, world, frozen)
+    trained = as_stored(trained)  # what is exported is what is evaluated
     export(config, workdir, trained, tokenizer)
     report = compete(config, workdir, world, trained, frozen)
     say_the_same(config, workdir, world, trained)
@@ -77,6 +106,13 @@ def run(config, workdir: Workdir) -> Report:
 def check(config) -> None:
     """Refuses what cannot work, before any work is done."""
     _training, _held_out = envs.temperaments(config.env.name)
+    for field, least in AT_LEAST.items():
+        group, _, name = field.rpartition(".")
+        value = (config[group] if group else config)[name]
+        if min(value if isinstance(value, tuple | list) else (value,), default=least - 1) < least:
+            raise Refused(f"config.{field}={value}; it must be at least {least}")
+    if config.rollout.slots * config.rollout.engines < 2:
+        raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
     envs.make(config.env.name, **env_options(config))
     ppo_parts(config)
     QualityRules(**config.quality)
@@ -93,8 +129,12 @@ def check(config) -> None:
                 f"config.{width}.width={config[width].width}; a row must hold a whole stream, "
                 f"config.rollout.lengths[-1]={shape.lengths[-1]}"
             )
-    if config.arena.games < 2 or config.arena.script_games < 2:
-        raise Refused("config.arena.games and .script_games must be at least 2")
+    a = config.arena
+    if not 2 <= a.script_games <= a.games:
+        raise Refused(
+            f"config.arena.script_games={a.script_games}; it must be from 2 to "
+            f"config.arena.games={a.games}"
+        )
     if not 0 <= config.self_play.script_share <= 1:
         raise Refused(
             f"config.self_play.script_share={config.self_play.script_share}; it must be in [0, 1]"
@@ -193,7 +233,7 @@ def set_weights(engines: Sequence[Engine], model: ActorCritic) -> None:
 def starting_model(config, workdir: Workdir) -> tuple[ActorCritic, object]:
     """The checkpoint at `config.model.path`, or a small model with a tokenizer of its own."""
     if config.model.path:
-        decoder, tokenizer = hf.load_pretrained(config.model.path, dtype=config.model.dtype)
+        decoder, tokenizer = load_decoder(config.model.path, config)
         if tokenizer is None:
             raise Refused(f"config.model.path={config.model.path!r} has no tokenizer")
         return ActorCritic(decoder, ValueHead(decoder.config.embed_dim)), tokenizer
@@ -216,7 +256,7 @@ def starting_model(config, workdir: Workdir) -> tuple[ActorCritic, object]:
         pad_token_id=tokenizer.pad_token_id,
         dtype=m.dtype,
         remat=m.remat,
-        unroll_layers=m.num_layers <= 4,
+        unroll_layers=m.num_layers <= UNROLLED_LAYERS,
     )
     model = jax.jit(Decoder, static_argnums=0)(decoder, jax.random.key(config.seed))
     return ActorCritic(model, ValueHead(m.embed_dim)), tokenizer
@@ -250,7 +290,7 @@ def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenize
     folder = workdir.artifacts / "warm_start"
     w = config.warm_start
     if is_saved(folder):
-        return load(folder, config)
+        return load(folder, config, world.decoder)
     if w.steps:
         start = warm_start.fit(
             start,
@@ -277,7 +317,9 @@ def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenize
             ),
             workdir,
         )
-    save(start, tokenizer, folder)
+    # In full precision, whatever the export will have: a resumed run reads it back.
+    exact = dataclasses.replace(world.decoder, stored_dtype="float32")
+    save(ActorCritic(run_as(start.decoder, exact), start.value_head), tokenizer, folder)
     return start
 
 
@@ -301,9 +343,35 @@ def is_saved(folder: Path) -> bool:
     return (folder / "value_head.safetensors").is_file()
 
 
-def load(folder: Path, config) -> ActorCritic:
-    decoder, _ = hf.load_pretrained(folder, dtype=config.model.dtype)
-    return ActorCritic(decoder, hf.load_value_head(folder, decoder.config.embed_dim))
+def load(folder: Path, config, decoder: DecoderConfig | None = None) -> ActorCritic:
+    """What `save` wrote, run as `decoder` says if it is given."""
+    model, _ = load_decoder(folder, config)
+    model = model if decoder is None else run_as(model, decoder)
+    return ActorCritic(model, hf.load_value_head(folder, model.config.embed_dim))
+
+
+def load_decoder(path: str | Path, config) -> tuple[Decoder, object]:
+    """A checkpoint's decoder, executed as the config says, and its tokenizer."""
+    model, tokenizer = hf.load_pretrained(path, dtype=config.model.dtype)
+    decoder = dataclasses.replace(
+        model.config,
+        remat=config.model.remat,
+        unroll_layers=model.config.num_layers <= UNROLLED_LAYERS,
+    )
+    return run_as(model, decoder), tokenizer
+
+
+def run_as(model: Decoder, decoder: DecoderConfig) -> Decoder:
+    """The same weights under a configuration that differs in how they are executed or stored."""
+    like = jax.eval_shape(lambda: Decoder(decoder, jax.random.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+
+
+def as_stored(model: ActorCritic) -> ActorCritic:
+    """The model with its weights rounded to what a checkpoint of it holds."""
+    dtype = model.decoder.config.stored_dtype
+    decoder = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.decoder)
+    return ActorCritic(decoder, model.value_head)
 
 
 # ---------------------------------------------------------------- 3. self-play
@@ -363,6 +431,7 @@ def self_play(
     engines = world.engines(state.model)
     table = world.table({LEARNER: engines})
     alarms, done, in_flight = Alarms(), 0, None
+    notes: list[str] = []  # why self-play stopped early
 
     with Checkpoints(workdir.checkpoints / "self_play", keep=config.checkpoint.keep) as checkpoints:
         saved = checkpoints.latest()
@@ -373,11 +442,13 @@ def self_play(
                 like["rollout"] = table.like(host["rollout"])
             arrays, _ = checkpoints.restore(saved, like)
             state, done, alarms = arrays["state"], host["done"], Alarms(**host["alarms"])
+            notes = host["notes"]
             if host["rollout"] is not None:
                 in_flight = (arrays["rollout"], host["rollout"])
 
         def save_checkpoint(rollout: bool = False) -> None:
-            arrays, host = {"state": state}, {"done": done, "rollout": None}
+            arrays = {"state": state}
+            host = {"done": done, "notes": notes, "rollout": None}
             if rollout:
                 arrays["rollout"], host["rollout"] = table.snapshot()
             number = (checkpoints.latest() or 0) + 1
@@ -389,7 +460,6 @@ def self_play(
                 checkpoints.wait()
                 raise Stopped(f"self-play stopped in iteration {done + 1} of {s.iterations}")
 
-        notes: list[str] = []
         with (
             MetricsWriter(workdir, "self_play", resume_at=done) as writer,
             Progress(workdir, "self_play", s.iterations, start=done) as progress,
@@ -435,11 +505,20 @@ def self_play(
                     )
                     clock.append(time.monotonic())
                 metrics |= learned | timing(engines, trajectories.lengths, clock)
+                if not np.isfinite(metrics["loss"]):
+                    raise Failed(
+                        f"the loss of self-play iteration {done + 1} is {metrics['loss']}; "
+                        f"config.self_play.learning_rate={s.learning_rate} may be too high"
+                    )
                 done += 1
                 writer.write(done, metrics)
                 progress.update(
                     done,
-                    {"reward": metrics["reward/mean"], "score": metrics["score/mean"]},
+                    {
+                        name: metrics[f"{name}/mean"]
+                        for name in ("reward", "score")
+                        if f"{name}/mean" in metrics  # games that are cut have no score
+                    },
                     tokens=sum(trajectories.lengths),
                 )
                 if done > s.critic_warmup and (why := alarms.sound(metrics, config.alarm)):
