@@ -35,7 +35,7 @@ def make_model(template):
 
     def make(seed: int) -> ActorCritic:
         key = jax.random.key(seed)
-        decoder = Decoder(config, key)
+        decoder = jax.jit(lambda key: Decoder(config, key))(key)
         head = decoder.lm_head[...] * 3
         # A louder column: the end token comes about every fifth time.
         head = head.at[:, template.end].multiply(4)

@@ -27,20 +27,22 @@ def packed(streams, width=16, multiple=1):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_each_token_is_judged_given_its_own_stream(model, streams, temperature):
+def test_each_token_is_judged_given_its_own_stream(model, streams, judge, temperature):
     packing, batch = packed(streams)
-    out = evaluate_tokens(model, jax.tree.map(jnp.asarray, batch), temperature=temperature)
+    evaluate = jax.jit(evaluate_tokens, static_argnames="temperature")
+    out = evaluate(model, batch, temperature=temperature)
     assert {str(x.dtype) for x in out} == {"float32"}
-    logprob, entropy, value = (packing.gather(x) for x in out)
-    for stream, p, h, v in zip(streams, logprob, entropy, value, strict=True):
-        hidden = model.decoder(jnp.asarray([[*stream, *[0] * (12 - len(stream))]]))[0]
-        hidden = hidden[: len(stream)]
-        distribution = jax.nn.log_softmax(model.decoder.logits(hidden) / temperature)
-        expected = distribution[np.arange(len(stream) - 1), stream[1:]]
-        np.testing.assert_allclose(p[:-1], expected, atol=1e-5)
-        exact = -(jnp.exp(distribution) * distribution).sum(-1)
-        np.testing.assert_allclose(h[:-1], exact[:-1], atol=1e-5)
-        np.testing.assert_allclose(v, model.value_head(hidden), atol=1e-5)
+    gathered = zip(*(packing.gather(x) for x in out), strict=True)
+    logits, values = judge(model, streams, 12)
+    distributions = np.asarray(jax.nn.log_softmax(logits / temperature))
+    for stream, (p, h, v), all_p, value in zip(
+        streams, gathered, distributions, values, strict=True
+    ):
+        n = len(stream)
+        np.testing.assert_allclose(p[:-1], all_p[np.arange(n - 1), stream[1:]], atol=1e-5)
+        exact = -(np.exp(all_p) * all_p).sum(-1)
+        np.testing.assert_allclose(h[:-1], exact[: n - 1], atol=1e-5)
+        np.testing.assert_allclose(v, value[:n], atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
@@ -69,7 +71,7 @@ def test_score_is_evaluate_tokens_over_the_first_micro_batches(model, streams):
     batches = microbatches(jax.tree.map(jnp.asarray, batch), 2)
     logprobs, values = score(model, batches, np.int32(1), temperature=0.7, mesh=data_mesh(2))
     first = jax.tree.map(lambda x: x[0], batches)
-    p, _, v = evaluate_tokens(model, first, temperature=0.7)
+    p, _, v = jax.jit(lambda m, b: evaluate_tokens(m, b, temperature=0.7))(model, first)
     np.testing.assert_allclose(logprobs[0], p, atol=1e-5)
     np.testing.assert_allclose(values[0], v, atol=1e-5)
     assert not logprobs[1:].any() and not values[1:].any()

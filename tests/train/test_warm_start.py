@@ -30,13 +30,11 @@ def examples(n=12, seed=0) -> list[Example]:
     return out
 
 
-def by_hand(model, some):
+def by_hand(judge, model, some):
     """(nll, squared error, tokens) summed over the own tokens of each example alone."""
     nll = error = tokens = 0.0
-    for e in some:
-        hidden = model.decoder(jnp.asarray([[*e.tokens, *[0] * (14 - len(e.tokens))]]))[0]
-        logprob = jax.nn.log_softmax(model.decoder.logits(hidden))
-        value = model.value_head(hidden)
+    logits, values = judge(model, [e.tokens for e in some], 14)
+    for e, logprob, value in zip(some, np.asarray(jax.nn.log_softmax(logits)), values, strict=True):
         for i in range(1, len(e.tokens)):
             if e.own[i]:
                 nll -= float(logprob[i - 1, e.tokens[i]])
@@ -45,9 +43,9 @@ def by_hand(model, some):
     return nll, error, tokens
 
 
-def test_the_loss_is_that_of_the_own_tokens(small_actor_critic):
+def test_the_loss_is_that_of_the_own_tokens(small_actor_critic, judge):
     model, some = small_actor_critic(), examples()
-    nll, error, tokens = by_hand(model, some)
+    nll, error, tokens = by_hand(judge, model, some)
     batch, used = pack_examples(some, width=16, rows=2, multiple=4)
     assert batch.tokens.tokens.shape == (len(batch.outcome), 2, 16)
     assert used <= len(batch.outcome) and not batch.tokens.mask[used:].any()
