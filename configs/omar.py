@@ -35,7 +35,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.warm_start = ConfigDict()  # imitation of the scripted players
     config.warm_start.dialogues = 6000
     config.warm_start.held_out = 256  # further dialogues, for the held-out loss
-    config.warm_start.steps = 1000
+    config.warm_start.steps = 800
     config.warm_start.streams = 64  # of one agent each, a step
     config.warm_start.learning_rate = 4e-3
     config.warm_start.warmup = 50
@@ -47,13 +47,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.warm_start.rows = 8  # packed rows of a micro-batch
 
     config.rollout = ConfigDict()
-    config.rollout.slots = 48  # of one engine
+    config.rollout.slots = 32  # of one engine
     config.rollout.engines = 4  # of one policy; agents of one game sit in different ones
     config.rollout.lengths = (128, 256)  # cache lengths; the last is where a stream ends
     config.rollout.burst = 32  # most tokens of one dispatch
     config.rollout.leave = 0.75  # a burst leaves early when this share of its turns has ended
     config.rollout.turn_budget = 40  # most tokens of a turn
-    config.rollout.prefill_rows = (12, 48)
+    config.rollout.prefill_rows = (8, 32)
     config.rollout.prefill_tokens = (16, 64)
     config.rollout.temperature = 1.0
     config.rollout.top_k = 0
@@ -61,7 +61,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.rollout.min_p = 0.0
 
     config.self_play = ConfigDict()
-    config.self_play.iterations = 30
+    config.self_play.iterations = 24
     config.self_play.games = 256  # an iteration
     config.self_play.script_share = 0.25  # of the games, against a script in one seat
     config.self_play.learning_rate = 5e-4
@@ -112,7 +112,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
     config.arena = ConfigDict()
     config.arena.games = 512  # per pairing and seat; the same seeds everywhere
-    config.arena.script_games = 256  # per script and seat
+    config.arena.script_games = 128  # per script and seat
     config.arena.sharp_temperature = 0.5  # of the frozen model in the sampling control
     config.arena.league = False  # a round robin of everybody
 
