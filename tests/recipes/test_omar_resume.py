@@ -1,0 +1,164 @@
+"""Kill or stop the recipe anywhere, run the same command again: nobody can tell afterwards."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from jaxconv.train.checkpoint import Checkpoints
+
+ROLLOUT = "jaxconv.rollout.selfplay:SelfPlay.advance"
+
+
+def test_the_whole_recipe_leaves_what_it_promises(finished):
+    made = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    assert made >= {
+        "config.json",
+        "metrics.jsonl",
+        "report.json",
+        "report.md",
+        "curves.png",
+        "export/README.md",
+        "export/config.json",
+        "export/generation_config.json",
+        "export/model.safetensors",
+        "export/tokenizer.json",
+        "export/value_head.safetensors",
+    }
+    assert not [name for name in made if name.endswith((".tmp", ".partial"))]
+    report = json.loads((finished / "report.json").read_text())
+    assert report["status"] == "done"
+    assert {"compile_s", "lower_s"} <= report["compile"].keys()
+    text = (finished / "report.md").read_text()
+    assert "![Learning curves](curves.png)" in text and "## Cross\\-play, 2 players" in text
+
+
+def test_stopped_and_killed_runs_end_as_undisturbed_ones(tiny, finished, tmp_path):
+    workdir = tmp_path / "run"
+    # A polite stop in the middle of the second iteration's conversations …
+    stopped = tiny.interrupt("SIGTERM", f"{ROLLOUT}:60", workdir)
+    assert stopped.returncode == 4, stopped.stderr
+    assert (
+        "stopped: self-play stopped in iteration 2 of 3; to go on, run the same" in stopped.stderr
+    )
+    assert "Traceback" not in stopped.stderr
+    assert json.loads((workdir / "report.json").read_text())["status"] == "stopped"
+    with Checkpoints(workdir / "checkpoints" / "self_play") as checkpoints:
+        host = checkpoints.host(checkpoints.latest())
+    assert host["done"] == 1 and host["rollout"]["live"] and host["rollout"]["finished"]
+    # … a kill between an update and its record …
+    tiny.killed("jaxconv.train.ppo:PPO.iterate:2+", workdir)
+    # … one between the two files of the export …
+    tiny.killed("jaxconv.models.hf:save_value_head:1", workdir)
+    # … and the rest.
+    done = tiny.run(workdir)
+    assert done.returncode == 0, done.stderr
+    tiny.assert_same_run(workdir, finished)
+
+
+def test_a_full_disk_during_the_export(tiny, finished, copy):
+    (copy / "report.json").unlink()
+    shutil.rmtree(copy / "export")
+    full = tiny.interrupt("full", "jaxconv.recipes.omar:export:1", copy)
+    assert full.returncode == 1
+    [line] = full.stderr.strip().splitlines()
+    assert line.startswith("jaxconv: failed: ") and str(copy / "export") in line
+    assert "File too large" in line or "disk full" in line
+    left = [path.name for path in copy.iterdir()]
+    assert "export" not in left and "report.json" not in left
+    assert not [name for name in left if "partial" in name or "tmp" in name]
+    done = tiny.run(copy)
+    assert done.returncode == 0, done.stderr
+    tiny.assert_same_run(copy, finished)
+
+
+POINTS = (
+    "jaxconv.recipes.omar:train_tokenizer:1+",
+    "jaxconv.train.warm_start:pack_examples:2",  # before the first update
+    "jaxconv.train.warm_start:pack_examples:5",
+    "jaxconv.train.checkpoint:Checkpoints.save:1+",  # while it is written in the background
+    "jaxconv.train.metrics:MetricsWriter.write:2+",  # recorded, not saved
+    "jaxconv.models.hf:save_value_head:1",  # half of the warm start's artifact
+    "jaxconv.models.hf:save_value_head:1+",
+    f"{ROLLOUT}:1",
+    f"{ROLLOUT}:50",
+    "jaxconv.train.checkpoint:Checkpoints.save:1+",
+    "jaxconv.rollout.selfplay:SelfPlay.restore:1+",
+    "jaxconv.train.ppo:PPO.iterate:1",
+    "jaxconv.train.metrics:MetricsWriter.write:1+",
+    "jaxconv.train.ppo:PPO.iterate:2+",
+    "jaxconv.train.checkpoint:Checkpoints.close:1+",  # self-play is over
+    "jaxconv.models.hf:save_pretrained:1+",
+    "jaxconv.evals.arena:play_all:1",
+    f"{ROLLOUT}:100",  # in the arena
+    "jaxconv.recipes.omar:say_the_same:1+",
+    "jaxconv.evals.self_play_report:write_model_card:1+",
+    "jaxconv.train.atomic:write_json:2",  # report.md is there, report.json is not
+)
+
+
+@pytest.mark.slow
+def test_killed_at_every_kind_of_moment(tiny, finished, tmp_path):
+    workdir = tmp_path / "run"
+    for point in POINTS:
+        tiny.killed(point, workdir)
+    done = tiny.run(workdir)
+    assert done.returncode == 0, done.stderr
+    tiny.assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_at_random_moments(tiny, finished, tmp_path):
+    workdir = tmp_path / "run"
+    rng = random.Random(0)
+    kinds = []
+    for attempt in range(8):
+        process = tiny.start(["-m", "jaxconv.launch", *tiny.arguments(workdir)])
+        while not (workdir / "config.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.5, 8))
+        kind = signal.SIGTERM if attempt % 3 == 2 else signal.SIGKILL
+        process.send_signal(kind)
+        _, err = process.communicate(timeout=120)
+        kinds.append(process.returncode)
+        assert process.returncode in (0, 4, -signal.SIGKILL, -signal.SIGTERM), err
+    assert kinds.count(-signal.SIGKILL) >= 3
+    done = tiny.run(workdir)
+    assert done.returncode == 0, done.stderr
+    tiny.assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "jaxconv.train.warm_start:pack_examples:4",
+        f"{ROLLOUT}:60",
+        "jaxconv.train.ppo:PPO.iterate:3",
+    ],
+)
+def test_a_stop_is_polite_in_every_stage(point, tiny, finished, tmp_path):
+    workdir = tmp_path / "run"
+    stopped = tiny.interrupt("SIGTERM", point, workdir)
+    assert stopped.returncode == 4, stopped.stderr
+    assert stopped.stderr.strip().splitlines()[-1].startswith("jaxconv: stopped: ")
+    done = tiny.run(workdir)
+    assert done.returncode == 0, done.stderr
+    tiny.assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_an_early_stop_stays_one_after_a_kill(tiny, tmp_path):
+    # The spread of rewards is below this at once, so the third iteration after the warm-up stops.
+    alarmed = {"alarm__reward_std_low": 10.0, "self_play__iterations": 6, "arena__games": 2}
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    assert tiny.run(whole, **alarmed).returncode == 0
+    tiny.killed("jaxconv.train.checkpoint:Checkpoints.close:2+", workdir, **alarmed)
+    assert tiny.run(workdir, **alarmed).returncode == 0
+    found, expected = tiny.outcome(workdir), tiny.outcome(whole)
+    assert "stopped early after iteration 4" in expected["notes"][0]
+    assert found == expected
+    shutil.rmtree(whole)
