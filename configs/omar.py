@@ -19,6 +19,18 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.env.players = (2,)  # how many agents an episode may have
     config.env.kinds = ("division",)  # of "division", "terms"
     config.env.turns = (3, 5)  # fewest and most turns of an agent; the end is hidden
+    config.env.rules = False  # whether briefs explain the game, for models that have not seen it
+    config.env.weights = ConfigDict()  # of the seven range-normalised dimensions in the reward
+    for dimension in (
+        "believability",
+        "relationship",
+        "knowledge",
+        "secret",
+        "social_rules",
+        "financial_and_material_benefits",
+        "goal",
+    ):
+        config.env.weights[dimension] = 1.0
 
     config.model = ConfigDict()
     config.model.path = ""  # a Hugging Face folder or hub id; "" makes the model below from scratch

@@ -146,7 +146,8 @@ def check(config) -> None:
 
 def env_options(config, players: int | None = None) -> dict:
     """Options of the environment; with a fixed number of players for the arena."""
-    options = {k: v for k, v in config.env.items() if k != "name"}
+    options = config.env.to_dict()
+    del options["name"]
     return options if players is None else options | {"players": (players,)}
 
 
