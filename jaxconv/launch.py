@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(REFUSED, f"refused: {error}")
     except Stopped as error:
         return _say(STOPPED, f"stopped: {error}; {_RESUME}")
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         return _say(STOPPED, f"stopped; {_RESUME}")
     except Exception as error:
