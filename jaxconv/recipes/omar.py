@@ -29,6 +29,7 @@ from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decode import unstack
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic, ValueHead
+from jaxconv.objectives import whitening
 from jaxconv.objectives.advantages import check_pair
 from jaxconv.objectives.ppo import PPOCoefficients
 from jaxconv.rollout.engine import Engine, EngineShape, Sampling
@@ -39,6 +40,7 @@ from jaxconv.rollout.terminal import TerminalPlayer, printable
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.train import compile_cache, interrupt, warm_start
 from jaxconv.train.checkpoint import Checkpoints
+from jaxconv.train.config import config_value
 from jaxconv.train.mesh import replicate
 from jaxconv.train.metrics import MetricsWriter
 from jaxconv.train.optimizer import make_optimizer
@@ -77,11 +79,22 @@ AT_LEAST = {
     "minibatching.minibatches": 1,
     "minibatching.rows": 1,
     "minibatching.capacity": 1,
+    "quality.repeated_ngram": 1,
+    "quality.repeats": 2,
     "checkpoint.every": 1,
     "checkpoint.warm_start_every": 1,
     "checkpoint.keep": 1,
 }
 """The least value of fields that count something."""
+
+FRACTIONS = (
+    "self_play.script_share",
+    "self_play.value_gradient",
+    "credit.gamma_turn",
+    "credit.lam_turn",
+    "credit.gamma_token",
+    "credit.lam_token",
+)
 
 
 def run(config, workdir: Workdir) -> Report:
@@ -107,10 +120,17 @@ def check(config) -> None:
     """Refuses what cannot work, before any work is done."""
     _training, _held_out = envs.temperaments(config.env.name)
     for field, least in AT_LEAST.items():
-        group, _, name = field.rpartition(".")
-        value = (config[group] if group else config)[name]
+        value = config_value(config, field)
         if min(value if isinstance(value, tuple | list) else (value,), default=least - 1) < least:
             raise Refused(f"config.{field}={value}; it must be at least {least}")
+    for field in FRACTIONS:
+        if not 0 <= (value := config_value(config, field)) <= 1:
+            raise Refused(f"config.{field}={value}; it must be from 0 to 1")
+    for field in ("rollout.temperature", "arena.sharp_temperature"):
+        if not (value := config_value(config, field)) > 0:
+            raise Refused(f"config.{field}={value}; it must be above 0")
+    if (mode := config.credit.whitening) not in whitening.MODES:
+        raise Refused(f"config.credit.whitening={mode!r}; it may be {', '.join(whitening.MODES)}")
     if config.rollout.slots * config.rollout.engines < 2:
         raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
     envs.make(config.env.name, **env_options(config))
@@ -134,10 +154,6 @@ def check(config) -> None:
         raise Refused(
             f"config.arena.script_games={a.script_games}; it must be from 2 to "
             f"config.arena.games={a.games}"
-        )
-    if not 0 <= config.self_play.script_share <= 1:
-        raise Refused(
-            f"config.self_play.script_share={config.self_play.script_share}; it must be in [0, 1]"
         )
 
 
