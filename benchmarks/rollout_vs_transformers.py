@@ -1,0 +1,287 @@
+"""Rollout on a CPU: our engine against `generate` of transformers on torch, same small Llama.
+
+    python benchmarks/rollout_vs_transformers.py
+
+Both sides hold the same weights (exported by `save_pretrained`, loaded by `AutoModelForCausalLM`),
+take the same batch and sample at temperature 1 with no end token. Rounds are interleaved, so that
+other work on the machine disturbs both alike; the table shows medians. The peer does what its API
+offers: static batches, one `generate` a turn with a key-value cache inside the call, and the whole
+history again at every turn. The engine keeps the cache of a conversation between its turns.
+
+Needs the `parity` extra. Writes `benchmarks/results/rollout_cpu.json`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+
+import jaxconv
+from jaxconv.models.config import DecoderConfig
+from jaxconv.models.decode import unstack
+from jaxconv.models.decoder import Decoder
+from jaxconv.models.hf import save_pretrained
+from jaxconv.rollout.engine import Engine, EngineShape, Sampling
+from jaxconv.train import compile_cache
+
+BATCH = 32
+HEARD, SAID = 24, 24  # tokens a turn of the other side and of the model
+LONG = 192  # new tokens of one long turn
+LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # cache buckets
+TURNS = (4, 8, 16, 32)
+PEER_TURNS = (4, 8, 16)
+CONFIG = DecoderConfig(
+    family="llama",
+    vocab_size=512,
+    embed_dim=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    mlp_dim=192,
+    max_positions=2048,
+)
+
+
+def heard(turns: int, seed: int = 0) -> np.ndarray:
+    """What the other side says, [turns, BATCH, HEARD]."""
+    return np.random.default_rng(seed).integers(1, CONFIG.vocab_size, (turns, BATCH, HEARD))
+
+
+class Ours:
+    """Conversations of one length on our engine; every call starts with free slots."""
+
+    def __init__(self, model: Decoder, said: int, turns: int, temperature: float = 1.0):
+        self.said, self.turns = said, turns
+        tokens = turns * (HEARD + said) + 1
+        longest = next(i for i, n in enumerate(LENGTHS) if n >= tokens)
+        shape = EngineShape(
+            slots=BATCH,
+            lengths=LENGTHS[: longest + 1],
+            burst=min(said, 32),
+            leave=1.0,
+            prefill_rows=(BATCH,),
+            prefill_tokens=(HEARD,),
+        )
+        self.engine = Engine(
+            CONFIG,
+            shape,
+            stop_ids=[-1],
+            key=jax.random.key(0),
+            sampling=Sampling(temperature=temperature),
+        )
+        self.engine.weights = unstack(model)
+
+    def __call__(self, words: np.ndarray) -> np.ndarray:
+        """Sampled tokens [turns, BATCH, said]."""
+        engine = self.engine
+        engine.reset()
+        out = np.zeros((self.turns, BATCH, self.said), np.int32)
+        turn = dict.fromkeys((engine.open(i) for i in range(BATCH)), -1)
+        row = {slot: i for i, slot in enumerate(turn)}
+        ready = list(turn)
+        while ready or engine.speaking:
+            for slot in ready:
+                turn[slot] += 1
+                if turn[slot] < self.turns:
+                    engine.say(slot, words[turn[slot], row[slot]].tolist(), self.said)
+            if not engine.speaking:
+                break
+            engine.dispatch()
+            finished = engine.collect()
+            for done in finished:
+                out[turn[done.slot], row[done.slot]] = done.tokens
+            ready = [done.slot for done in finished]
+        return out
+
+
+class Peer:
+    """The same conversations on transformers; the history is sent again at every turn."""
+
+    def __init__(self, folder: str, said: int, turns: int, temperature: float = 1.0):
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        self.torch, self.said, self.turns = torch, said, turns
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.settings = GenerationConfig(
+            max_new_tokens=said,
+            do_sample=temperature > 0,
+            **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+
+    def __call__(self, words: np.ndarray) -> np.ndarray:
+        torch = self.torch
+        out = np.zeros((self.turns, BATCH, self.said), np.int32)
+        with torch.inference_mode():
+            history = torch.empty((BATCH, 0), dtype=torch.long)
+            for turn in range(self.turns):
+                history = torch.cat([history, torch.from_numpy(words[turn])], dim=1)
+                history = self.model.generate(
+                    history,
+                    attention_mask=torch.ones_like(history),
+                    generation_config=self.settings,
+                )
+                out[turn] = history[:, -self.said :].numpy()
+        return out
+
+
+def interleave(runs: dict, words: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each run, one after the other in turn, after one that is not
+    counted."""
+    for name, run in runs.items():
+        run(words[name])
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(words[name])
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def check_agreement(model: Decoder, folder: str) -> float:
+    """Share of greedy tokens on which both sides agree over a conversation of four turns."""
+    words = heard(4, seed=1)
+    ours = Ours(model, SAID, 4, temperature=0.0)(words)
+    peer = Peer(folder, SAID, 4, temperature=0.0)(words)
+    return float((ours == peer).mean())
+
+
+def best_threads(folder: str) -> int:
+    """Threads of torch with which the peer is quickest: one, or all cores."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    peer, words = Peer(folder, SAID, 2), heard(2)
+    seconds = {}
+    for threads in {1, cores}:
+        torch.set_num_threads(threads)
+        peer(words)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            peer(words)
+            times.append(time.perf_counter() - start)
+        seconds[threads] = min(times)
+    return min(seconds, key=seconds.get)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each measurement")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results/rollout_cpu.json"))
+    arguments = parser.parse_args()
+
+    import torch
+    import transformers
+
+    compile_cache.enable()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = Decoder(CONFIG, jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, None, folder)
+        agreement = check_agreement(model, folder)
+        print(f"greedy tokens on which both sides agree: {agreement:.4f}")
+        threads = best_threads(folder)
+        torch.set_num_threads(threads)
+        print(f"threads of torch: {threads}")
+        runs, words = {}, {}
+        for name, said, turns, peer in (
+            ("one long turn", LONG, 1, True),
+            *((f"{n} turns", SAID, n, n in PEER_TURNS) for n in TURNS),
+        ):
+            runs[f"{name} ours"] = Ours(model, said, turns)
+            if peer:
+                runs[f"{name} peer"] = Peer(folder, said, turns)
+            for side in ("ours", "peer"):
+                words[f"{name} {side}"] = heard(turns)
+        times = interleave(runs, words, arguments.rounds)
+
+    def row(name: str, said: int, turns: int) -> dict:
+        out = {"name": name, "turns": turns, "new_tokens": BATCH * said * turns}
+        for side in ("ours", "peer"):
+            if f"{name} {side}" in times:
+                seconds = statistics.median(times[f"{name} {side}"])
+                out[side] = {
+                    "seconds": seconds,
+                    "tokens_per_s": out["new_tokens"] / seconds,
+                    "ms_per_turn": 1e3 * seconds / turns,
+                    "all_seconds": times[f"{name} {side}"],
+                }
+        if "peer" in out:
+            pairs = zip(times[f"{name} ours"], times[f"{name} peer"], strict=True)
+            out["ratio"] = statistics.median(theirs / own for own, theirs in pairs)
+        return out
+
+    rows = [row("one long turn", LONG, 1), *(row(f"{n} turns", SAID, n) for n in TURNS)]
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "versions": {
+            "python": platform.python_version(),
+            "jaxconv": jaxconv.__version__,
+            "jax": jax.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "settings": {
+            "batch": BATCH,
+            "heard_per_turn": HEARD,
+            "said_per_turn": SAID,
+            "long_turn": LONG,
+            "rounds": arguments.rounds,
+            "torch_threads": threads,
+            "model": dataclasses.asdict(CONFIG),
+        },
+        "greedy_agreement": agreement,
+        "rows": rows,
+    }
+    _print_table(rows)
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+
+
+def _print_table(rows: list[dict]) -> None:
+    head = ("", "ours tok/s", "peer tok/s", "ratio", "ours s", "ours ms/turn", "peer ms/turn")
+    print("{:<14}{:>12}{:>12}{:>8}{:>9}{:>14}{:>14}".format(*head))
+    for row in rows:
+        ours, peer = row["ours"], row.get("peer")
+        print(
+            f"{row['name']:<14}{ours['tokens_per_s']:>12.0f}"
+            f"{format(peer['tokens_per_s'], '.0f') if peer else '-':>12}"
+            f"{format(row['ratio'], '.1f') + '×' if peer else '-':>8}"
+            f"{ours['seconds']:>9.3f}{ours['ms_per_turn']:>14.1f}"
+            f"{format(peer['ms_per_turn'], '.1f') if peer else '-':>14}"
+        )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
