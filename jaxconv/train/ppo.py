@@ -129,10 +129,10 @@ class PPO:
             )
             return ppo_loss(logprob, entropy, value, batch.ppo, coefficients=coefficients)
 
-        def rest_policy(gradients: ActorCritic, learn_policy: jax.Array) -> ActorCritic:
+        def rest_policy(tree: ActorCritic, learn_policy: jax.Array) -> ActorCritic:
             """While the critic warms up only its own head moves."""
-            decoder = jax.tree.map(lambda g: g * learn_policy, gradients.decoder)
-            return ActorCritic(decoder, gradients.value_head)
+            decoder = jax.tree.map(lambda x: x * learn_policy, tree.decoder)
+            return ActorCritic(decoder, tree.value_head)
 
         self.mesh = data_mesh(minibatching.rows)
         self._update = make_update(loss, optimizer, self.mesh, rest_policy)

@@ -64,7 +64,7 @@ def make_update(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    scale_gradients: Callable[[Any, jax.Array], Any] | None = None,
+    scale: Callable[[Any, jax.Array], Any] | None = None,
 ):
     """A jitted `update(state, batches, count, *constants)` that donates `state`.
 
@@ -78,7 +78,8 @@ def make_update(
         loss: the objective.
         optimizer: what turns the gradient of the mean loss into an update.
         mesh: of `data_mesh`.
-        scale_gradients: (gradients, *constants) to gradients, for parts that rest for a while.
+        scale: (a tree like the model, *constants) to the same with parts set to zero that rest for
+            a while; applied to gradients and to updates.
     """
 
     def summed(model, batches, count, *constants):
@@ -90,12 +91,14 @@ def make_update(
         )(model, batches, count, constants)
 
     def update(state: TrainState, batches: Any, count: jax.Array, *constants):
-        gradients, denominator, metrics = accumulate(loss, state.model, batches, count, *constants)
+        gradients, denominator, metrics = summed(state.model, batches, count, *constants)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1.0), gradients)
-        if scale_gradients is not None:
-            gradients = scale_gradients(gradients, *constants)
-        norm = optax.global_norm(gradients)
+        if scale is not None:
+            gradients = scale(gradients, *constants)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+        if scale is not None:
+            updates = scale(updates, *constants)  # momentum and decay would move them still
         model = optax.apply_updates(state.model, updates)
         metrics = Metrics(metrics.sums, {**metrics.maxima, "gradient_norm": norm})
         return TrainState(model, opt_state), denominator, metrics
