@@ -123,7 +123,7 @@ def take_apart(tokenizer) -> ChatTemplate:
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
-            f"tokenizer {name!r} has no chat template; it must have one to take part in conversations"
+            f"tokenizer {name!r} has no chat template; it must have one to take part in a talk"
         )
     pieces = _pieces(tokenizer, tokenizer.chat_template)
     if isinstance(pieces, str) and _strips_thinking(tokenizer.chat_template):

@@ -66,8 +66,10 @@ def unstack(model: Decoder | ActorCritic) -> DecodeWeights:
 def empty_cache(config: DecoderConfig, rows: int, length: int) -> Cache:
     """Zeros [rows, K, length, Dh] for keys and values of every layer, in the compute dtype."""
     shape = (rows, config.num_kv_heads, length, config.head_dim)
-    zeros = lambda: jnp.zeros(shape, jnp.dtype(config.dtype))
-    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+    dtype = jnp.dtype(config.dtype)
+    return tuple(
+        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+    )
 
 
 def decode_step(
