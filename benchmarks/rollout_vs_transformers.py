@@ -7,6 +7,7 @@ take the same batch and sample at temperature 1 with no end token. Rounds are in
 other work on the machine disturbs both alike; the table shows medians. The peer does what its API
 offers: static batches, one `generate` a turn with a key-value cache inside the call, and the whole
 history again at every turn. The engine keeps the cache of a conversation between its turns.
+First both sides decode greedily, and unless 99 % of their tokens agree nothing is measured.
 
 Needs the `parity` extra. Writes `benchmarks/results/rollout_cpu.json`.
 """
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +41,7 @@ from jaxconv.train import compile_cache
 BATCH = 32
 HEARD, SAID = 24, 24  # tokens a turn of the other side and of the model
 LONG = 192  # new tokens of one long turn
+MIN_AGREEMENT = 0.99  # of greedy tokens: below it the two sides do not run the same model
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # cache buckets
 TURNS = (4, 8, 16, 32)
 PEER_TURNS = (4, 8, 16)
@@ -199,6 +202,8 @@ def main() -> None:
         save_pretrained(model, None, folder)
         agreement = check_agreement(model, folder)
         print(f"greedy tokens on which both sides agree: {agreement:.4f}")
+        if agreement < MIN_AGREEMENT:
+            sys.exit(f"agreement is {agreement:.4f}; it must be at least {MIN_AGREEMENT}")
         threads = best_threads(folder)
         torch.set_num_threads(threads)
         print(f"threads of torch: {threads}")
