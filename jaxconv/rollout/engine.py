@@ -14,17 +14,18 @@ So a prefill needs no logits, and a turn's first token is sampled by the same co
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxconv_kernels import sample
 
 from jaxconv.errors import Refused
 from jaxconv.models.config import DecoderConfig
-from jaxconv.models.decode import Cache, DecodeWeights, decode_step, empty_cache, prefill
+from jaxconv.models.decode import DecodeWeights, prefill
+from jaxconv.rollout.burst import BurstLog, SlotState, decode_burst, give_turns, grow
+
+_prefill = jax.jit(prefill, static_argnames=("config",), donate_argnames=("cache",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Sampling:
     """The distribution that a turn is drawn from; its log-prob is what is recorded.
 
     Attributes:
-      temperature: 0 is greedy.
-      top_k: 0 is off.
-      top_p: 1 is off.
-      min_p: 0 is off.
+        temperature: at least 0, which is greedy.
+        top_k: at least 0, which is off.
+        top_p: above 0, at most 1, which is off.
+        min_p: from 0, which is off, to 1.
     """
 
     temperature: float = 1.0
@@ -43,20 +44,30 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    def __post_init__(self):
+        for field, fits, expected in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+        ):
+            if not fits:
+                raise _refusal(field, getattr(self, field), expected)
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineShape:
     """Sizes that are compiled into an engine.
 
     Attributes:
-      slots: rows of the cache.
-      lengths: cache lengths, ascending. The cache grows from one to the next when a stream gets
-        there; the last one is where a stream ends.
-      burst: most tokens that one dispatch decodes in a slot.
-      leave: fraction of the slots speaking at the start of a burst after whose end the burst leaves
-          early.
-      prefill_rows: row counts of a prefill, ascending.
-      prefill_tokens: token counts of a prefill, ascending; longer pieces take several.
+        slots: rows of the cache.
+        lengths: cache lengths, ascending. The cache grows from one to the next when a stream gets
+            there; the last one is where a stream ends.
+        burst: most tokens that one dispatch decodes in a slot.
+        leave: fraction of the slots speaking at the start of a burst after whose end the burst
+            leaves early; above 0, at most 1.
+        prefill_rows: row counts of a prefill, ascending. More slots take several prefills.
+        prefill_tokens: token counts of a prefill, ascending; longer pieces take several.
     """
 
     slots: int = 64
@@ -66,49 +77,20 @@ class EngineShape:
     prefill_rows: tuple[int, ...] = (16, 64)
     prefill_tokens: tuple[int, ...] = (16, 64)
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotState:
-    """What the device knows of the slots, [B] each.
-
-    Attributes:
-      cache: keys and values of positions [0, length).
-      token: int32, the token at position `length`, not yet in the cache.
-      length: int32.
-      budget: int32, tokens that the turn may still sample.
-      speaking: bool.
-      key: uint32 [B, 2], key data of each slot's stream.
-    """
-
-    cache: Cache
-    token: jax.Array
-    length: jax.Array
-    budget: jax.Array
-    speaking: jax.Array
-    key: jax.Array
+    def __post_init__(self):
+        for field in ("slots", "burst"):
+            if getattr(self, field) < 1:
+                raise _refusal(field, getattr(self, field), "at least 1")
+        for field in ("lengths", "prefill_rows", "prefill_tokens"):
+            sizes = getattr(self, field)
+            if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+                raise _refusal(field, sizes, "sizes of at least 1 that ascend")
+        if not 0 < self.leave <= 1:
+            raise _refusal("leave", self.leave, "above 0 and at most 1")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BurstLog:
-    """What one burst sampled.
-
-    Attributes:
-        token: int32 [B, burst]; the first `count` of each row are real, as below.
-        logprob: float32 [B, burst].
-        value: float32 [B, burst].
-        count: int32 [B].
-        speaking: bool [B], whose turn goes on.
-        steps: int32, decode steps taken.
-    """
-
-    token: jax.Array
-    logprob: jax.Array
-    value: jax.Array
-    count: jax.Array
-    speaking: jax.Array
-    steps: jax.Array
+def _refusal(field: str, value: object, expected: str) -> Refused:
+    return Refused(f"rollout.{field}={value}; it must be {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +98,12 @@ class Turn:
     """One finished turn of a slot.
 
     Attributes:
-      slot: whose turn it was.
-      tokens: sampled ids, the end token included when there is one.
-      logprobs: log-prob of each under the distribution it was sampled from, float32.
-      values: critic before each token, float32.
-      end: "stop" (the end token was sampled), "budget" (turn length) or "cache" (the stream is
-          full).
+        slot: whose turn it was.
+        tokens: sampled ids, the end token included when there is one.
+        logprobs: log-prob of each under the distribution it was sampled from, float32.
+        values: critic before each token, float32.
+        end: "stop" (the end token was sampled), "budget" (turn length) or "cache" (the stream is
+            full).
     """
 
     slot: int
@@ -129,108 +111,6 @@ class Turn:
     logprobs: list[float]
     values: list[float]
     end: str
-
-
-@functools.partial(jax.jit, static_argnames=("config", "burst"), donate_argnames=("state",))
-def _burst(
-    weights: DecodeWeights,
-    state: SlotState,
-    sampling_4: jax.Array,
-    stop_ids: jax.Array,
-    leave: jax.Array,
-    *,
-    config: DecoderConfig,
-    burst: int,
-) -> tuple[SlotState, BurstLog]:
-    rows = jnp.arange(state.token.shape[0])
-    temperature, top_k, top_p, min_p = (jnp.full(rows.shape, s) for s in sampling_4)
-    stay = state.speaking.sum() * (1.0 - leave)
-
-    def unfinished(carry):
-        step, state, _ = carry
-        speaking = state.speaking.sum()
-        return (step < burst) & (speaking > 0) & ((step == 0) | (speaking > stay))
-
-    def decode(carry):
-        step, state, log = carry
-        with jax.named_scope("decode_step"):
-            hidden_BD, cache = decode_step(weights, config, state.cache, state.token, state.length)
-        logits_BV = jnp.dot(hidden_BD, weights.head, preferred_element_type=jnp.float32)
-        position = state.length + 1
-        with jax.named_scope("sample"):
-            keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key), position)
-            drawn = sample(
-                logits_BV,
-                keys,
-                temperature=temperature,
-                top_k=top_k.astype(jnp.int32),
-                top_p=top_p,
-                min_p=min_p,
-            )
-        value = hidden_BD.astype(jnp.float32) @ weights.value_kernel + weights.value_bias
-        speaking = state.speaking
-        # Rows that do not speak write past the end of the log and are dropped.
-        at = (rows, jnp.where(speaking, log.count, burst))
-        log = BurstLog(
-            token=log.token.at[at].set(drawn.token, mode="drop"),
-            logprob=log.logprob.at[at].set(drawn.logprob_processed, mode="drop"),
-            value=log.value.at[at].set(value, mode="drop"),
-            count=log.count + speaking,
-            speaking=log.speaking,
-            steps=step + 1,
-        )
-        budget = state.budget - speaking
-        ended = (drawn.token[:, None] == stop_ids).any(-1)
-        state = SlotState(
-            cache=cache,
-            token=jnp.where(speaking, drawn.token, state.token),
-            length=state.length + speaking,
-            budget=budget,
-            speaking=speaking & ~ended & (budget > 0),
-            key=state.key,
-        )
-        return step + 1, state, log
-
-    empty = BurstLog(
-        token=jnp.zeros((len(rows), burst), jnp.int32),
-        logprob=jnp.zeros((len(rows), burst), jnp.float32),
-        value=jnp.zeros((len(rows), burst), jnp.float32),
-        count=jnp.zeros(len(rows), jnp.int32),
-        speaking=state.speaking,
-        steps=jnp.int32(0),
-    )
-    _, state, log = jax.lax.while_loop(unfinished, decode, (jnp.int32(0), state, empty))
-    return state, dataclasses.replace(log, speaking=state.speaking)
-
-
-_prefill = jax.jit(prefill, static_argnames=("config",), donate_argnames=("cache",))
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def _give_turns(
-    state: SlotState, run_key, rows_N, stream_N, token_N, length_N, budget_N
-) -> SlotState:
-    """Gives rows their next input token and lets them speak; rows outside the state are padding."""
-    keys = jax.vmap(lambda stream: jax.random.key_data(jax.random.fold_in(run_key, stream)))
-
-    def put(old, new):
-        return old.at[rows_N].set(new, mode="drop")
-
-    return SlotState(
-        cache=state.cache,
-        token=put(state.token, token_N),
-        length=put(state.length, length_N),
-        budget=put(state.budget, budget_N),
-        speaking=put(state.speaking, True),
-        key=put(state.key, keys(stream_N)),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("length",))
-def _grow(cache: Cache, *, length: int) -> Cache:
-    return jax.tree.map(
-        lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, length - c.shape[2]), (0, 0))), cache
-    )
 
 
 @dataclasses.dataclass
@@ -272,11 +152,9 @@ class Engine:
     ):
         if shape.lengths[-1] > config.max_positions:
             raise Refused(
-                f"engine cache length is {shape.lengths[-1]}; "
-                f"the model has {config.max_positions} positions"
+                f"rollout.lengths={shape.lengths}; the last may be {config.max_positions} at most, "
+                "the model has no more positions"
             )
-        if list(shape.lengths) != sorted(set(shape.lengths)):
-            raise Refused(f"engine cache lengths are {shape.lengths}; they must ascend")
         self.config, self.shape = config, shape
         self.sampling = sampling or Sampling()
         self.weights: DecodeWeights | None = None
@@ -288,14 +166,7 @@ class Engine:
     def reset(self) -> None:
         """Frees every slot and forgets everything but the weights."""
         b = self.shape.slots
-        self._state = SlotState(
-            cache=empty_cache(self.config, b, self.shape.lengths[0]),
-            token=jnp.zeros(b, jnp.int32),
-            length=jnp.zeros(b, jnp.int32),
-            budget=jnp.zeros(b, jnp.int32),
-            speaking=jnp.zeros(b, bool),
-            key=jnp.zeros((b, 2), jnp.uint32),
-        )
+        self._state = SlotState.silent(self.config, b, self.shape.lengths[0])
         self._free = list(range(b - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         self._waiting: list[int] = []
@@ -362,7 +233,7 @@ class Engine:
             self._give_turns(self._waiting)
             self._waiting = []
         s = self.sampling
-        self._state, log = _burst(
+        self._state, log = decode_burst(
             self.weights,
             self._state,
             np.array([s.temperature, s.top_k, s.top_p, s.min_p], np.float32),
@@ -417,18 +288,8 @@ class Engine:
 
     def like(self, host: dict) -> dict:
         """Shapes of the arrays of a snapshot, given its JSON-able part."""
-        state = dataclasses.replace(
-            self._state, cache=empty_cache(self.config, self.shape.slots, host["length"])
-        )
-        b, k = self.shape.slots, self.shape.burst
-        log = BurstLog(
-            token=jnp.zeros((b, k), jnp.int32),
-            logprob=jnp.zeros((b, k), jnp.float32),
-            value=jnp.zeros((b, k), jnp.float32),
-            count=jnp.zeros(b, jnp.int32),
-            speaking=jnp.zeros(b, bool),
-            steps=jnp.int32(0),
-        )
+        state = SlotState.silent(self.config, self.shape.slots, host["length"])
+        log = BurstLog.empty(self.shape.slots, self.shape.burst)
         return {"state": state, "flying": [log] * host["flying"]}
 
     def restore(self, arrays: dict, host: dict) -> None:
@@ -460,7 +321,7 @@ class Engine:
         )
         length = next(n for n in self.shape.lengths if n >= need)
         if length > self._state.cache[0][0].shape[2]:
-            cache = _grow(self._state.cache, length=length)
+            cache = grow(self._state.cache, length=length)
             self._state = dataclasses.replace(self._state, cache=cache)
 
     def _prefill(self, slots: Sequence[int]) -> None:
@@ -505,4 +366,4 @@ class Engine:
             rows[i], stream[i], token[i] = slot, held.stream, held.tail[-1]
             length[i], budget[i] = held.cached, held.budget
             held.tail = []
-        self._state = _give_turns(self._state, self._key, rows, stream, token, length, budget)
+        self._state = give_turns(self._state, self._key, rows, stream, token, length, budget)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxconv.errors import Refused
 from jaxconv.models.decode import unstack
-from jaxconv.rollout import engine as engine_module
+from jaxconv.rollout.burst import decode_burst
 from jaxconv.rollout.engine import Engine, EngineShape, Sampling
 
 STOPS = tuple(range(0, 280, 20))  # so that turns end at many lengths
@@ -221,7 +221,7 @@ def test_a_burst_works_in_place(make_engine):
     shape = dataclasses.replace(SHAPE, slots=64, lengths=(128,))
     engine = make_engine(shape)
     cache = sum(x.nbytes for x in jax.tree.leaves(engine._state.cache))
-    compiled = engine_module._burst.lower(
+    compiled = decode_burst.lower(
         engine.weights,
         engine._state,
         np.zeros(4, np.float32),
@@ -306,15 +306,54 @@ def test_a_stream_that_closes_while_it_speaks_is_freed_unseen(make_engine, alone
     assert said[3][0].tokens[:2] == alone[3][0].tokens[:2]  # its slot is as good as new
 
 
-@pytest.mark.parametrize("lengths", [(64, 32), (32, 32)])
-def test_cache_lengths_must_ascend(make_engine, lengths):
-    with pytest.raises(Refused, match="ascend"):
-        make_engine(dataclasses.replace(SHAPE, lengths=lengths))
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("slots", 0, "at least 1"),
+        ("burst", 0, "at least 1"),
+        ("leave", 0.0, "above 0 and at most 1"),
+        ("leave", 1.01, "above 0 and at most 1"),
+        ("leave", float("nan"), "above 0 and at most 1"),
+        *(
+            (field, value, "sizes of at least 1 that ascend")
+            for field in ("lengths", "prefill_rows", "prefill_tokens")
+            for value in ((64, 32), (32, 32), (0, 32), (-1,), ())
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(field, value, expected):
+    with pytest.raises(Refused) as refused:
+        dataclasses.replace(SHAPE, **{field: value})
+    assert str(refused.value) == f"rollout.{field}={value}; it must be {expected}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("temperature", -0.1, "at least 0"),
+        ("temperature", float("nan"), "at least 0"),
+        ("top_k", -1, "at least 0"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_p", 1.1, "above 0 and at most 1"),
+        ("min_p", -0.1, "from 0 to 1"),
+        ("min_p", 1.1, "from 0 to 1"),
+    ],
+)
+def test_distributions_that_cannot_be_are_refused(field, value, expected):
+    with pytest.raises(Refused) as refused:
+        Sampling(**{field: value})
+    assert str(refused.value) == f"rollout.{field}={value}; it must be {expected}"
+
+
+def test_the_limits_of_what_may_be_are_in_it():
+    Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=1.0)
+    EngineShape(slots=1, burst=1, lengths=(1,), leave=1.0, prefill_rows=(1,), prefill_tokens=(1,))
 
 
 def test_the_cache_may_not_outgrow_the_positions_of_the_model(make_engine):
-    with pytest.raises(Refused, match=r"161.*160 positions"):
+    with pytest.raises(Refused, match=r"rollout.lengths=\(161,\); the last may be 160 at most"):
         make_engine(dataclasses.replace(SHAPE, lengths=(161,)))
+    make_engine(dataclasses.replace(SHAPE, lengths=(160,)))
 
 
 def test_a_snapshot_continues_bit_for_bit_in_the_middle_of_turns(make_engine):
