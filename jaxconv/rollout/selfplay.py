@@ -18,7 +18,7 @@ from jaxconv.rollout.engine import Engine, Turn
 from jaxconv.rollout.stream import Stream
 
 MAX_AGENTS = 16
-"""Stream ids are game id × MAX_AGENTS + seat."""
+"""Most agents of one game: stream ids are game id × MAX_AGENTS + seat."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,9 @@ class SelfPlay:
         policies: engines of each policy; their weights must be set before `play`.
         turn_budget: most tokens a turn may have.
         concurrent: games under way at once; limited by the engines' slots too.
+
+    `play` and `advance` raise Refused for a game of more than `MAX_AGENTS` agents, and for one
+    that needs more slots of one engine than there are.
     """
 
     def __init__(
@@ -255,15 +258,15 @@ class SelfPlay:
             game = self._queue[0]
             env = self._make_env()
             step = env.reset(game.seed)
+            if len(env.agents) > MAX_AGENTS:
+                raise Refused(f"a game has {len(env.agents)} agents; it may have {MAX_AGENTS}")
             lanes = self._seat(game, env, step)
             if lanes is None:
                 return
             self._queue.popleft()
             n = len(env.agents)
             scripts = {
-                seat: self._make_script(
-                    game.player(seat), env, agent, game.seed * MAX_AGENTS + seat
-                )
+                seat: self._script(game, seat, env, agent)
                 for seat, agent in enumerate(env.agents)
                 if seat not in lanes
             }
