@@ -2,11 +2,12 @@
 
 tiny      a 0.14 M-parameter model from scratch on two-player bargaining: minutes on a laptop CPU.
 league    the same with two and three players, longer, then a round robin with every script.
+bargaining_qwen2.5_7b    a real model that reads the rules in its brief; for accelerators.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-PRESETS = ("tiny", "league")
+PRESETS = ("tiny", "league", "bargaining_qwen2.5_7b")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -67,10 +68,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.rollout.turn_budget = 40  # most tokens of a turn
     config.rollout.prefill_rows = (8, 32)
     config.rollout.prefill_tokens = (16, 64)
-    config.rollout.temperature = 1.0
-    config.rollout.top_k = 0
-    config.rollout.top_p = 1.0
-    config.rollout.min_p = 0.0
+    config.rollout.temperature = 1.0  # the trainer judges tokens at the same temperature
 
     config.self_play = ConfigDict()
     config.self_play.iterations = 24
@@ -96,6 +94,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.credit.whitening = "whiten"  # "whiten", "center" or "none", per team
     config.credit.importance_cap = 2.0
     config.credit.reward_kl = 0.0  # KL to the warm start in the reward, per nat
+    config.credit.flagged = 0.0  # advantage of turns that the quality filter flags
 
     config.loss = ConfigDict()
     config.loss.clip_low = 0.2
@@ -104,6 +103,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.loss.value_coef = 0.5
     config.loss.entropy_coef = 0.003
     config.loss.kl_coef = 0.02  # KL to the warm start in the loss, per nat
+    config.loss.dual_clip = config_dict.placeholder(float)  # c > 1; None is off
 
     config.minibatching = ConfigDict()
     config.minibatching.epochs = 2
@@ -112,7 +112,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.minibatching.width = 256
     config.minibatching.capacity = 8
 
-    config.quality = ConfigDict()  # a flagged turn earns no advantage
+    config.quality = ConfigDict()  # of a turn; see credit.flagged
     config.quality.repeated_ngram = 3
     config.quality.repeats = 3
     config.quality.min_logprob = -4.0
@@ -120,6 +120,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.alarm = ConfigDict()  # self-play stops early when one of these is crossed
     config.alarm.entropy_high = 2.0  # times the entropy of the first iteration
     config.alarm.entropy_low = 0.2
+    config.alarm.truncated_high = 0.1  # share of games that outgrow the cache
     config.alarm.reward_std_low = 0.005  # over the streams of an iteration, for three in a row
 
     config.arena = ConfigDict()
@@ -139,5 +140,27 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
     if preset == "league":
         config.env.players = (2, 3)
+        config.rollout.lengths = (192, 320, 448)  # three players hear more
+        config.warm_start.width = config.minibatching.width = 448
+        config.warm_start.steps = 1200
+        config.warm_start.rows = config.minibatching.rows = 4
+        config.self_play.iterations = 80
+        config.arena.script_games = 96
         config.arena.league = True
+    elif preset == "bargaining_qwen2.5_7b":
+        config.env.kinds = ("division", "terms")
+        config.env.rules = True
+        config.model.path = "Qwen/Qwen2.5-7B-Instruct"
+        config.model.dtype = "bfloat16"
+        config.model.remat = "full"
+        config.warm_start.steps = 100
+        config.warm_start.learning_rate = 5e-6
+        config.warm_start.rows = config.minibatching.rows = 8
+        config.warm_start.width = config.minibatching.width = 2048
+        config.rollout.lengths = (512, 1024, 2048)
+        config.rollout.prefill_tokens = (64, 256)
+        config.rollout.turn_budget = 96
+        config.self_play.iterations = 200
+        config.self_play.learning_rate = 1e-6
+        config.self_play.clip_norm = 1.0
     return config

@@ -142,10 +142,11 @@ def advantage(
 
 def level(
     results: Results, player: str, others: str, *, players: int, games: int, seed: int
-) -> dict[str, Estimate | list[Estimate]]:
+) -> dict[str, Estimate | list[Estimate] | float]:
     """Where a player stands against others: overall score by seat, payoff, deal rate, invalid rate.
 
-    Payoff, deal rate and invalid rate are over all seats. The episode is the independent unit.
+    `cut` is the share of games that outgrew a cache and have no outcome. Payoff, deal rate and
+    invalid rate are over all seats. The episode is the independent unit.
     """
     by_seat = [
         results[Pairing(one_seat(player, seat, others, players), games)] for seat in range(players)
@@ -162,6 +163,7 @@ def level(
         "payoff": bootstrap_mean(payoff, seed=seed, unit="points"),
         "deal": _rate(deals, np.full(games, players), seed),
         "invalid": _rate(turns - understood, turns, seed),
+        "cut": float(np.mean([game.truncated for gs in by_seat for game in gs])),
     }
 
 

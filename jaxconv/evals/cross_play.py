@@ -11,10 +11,12 @@
 
 import dataclasses
 
+import numpy as np
+
 from jaxconv.envs import DIMENSIONS
 from jaxconv.evals.arena import Pairing, Results, advantage, level, one_seat, scores
 from jaxconv.evals.report import Report, table
-from jaxconv.evals.statistics import Estimate
+from jaxconv.evals.statistics import Estimate, bootstrap_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,8 @@ class Study:
         return (self.trained, self.frozen, *self.scripts, *self.held_out)
 
     def games_of(self, player: str, others: str) -> int:
-        """Episodes of a pairing: fewer where a script plays."""
-        policies = {self.trained, self.frozen, self.sharp}
-        return self.games if {player, others} <= policies else self.script_games
+        """Episodes of a pairing: fewer where a script plays that training has seen."""
+        return self.script_games if {player, others} & set(self.scripts) else self.games
 
     def pairs(self) -> list[tuple[str, str]]:
         """(player in one seat, player in all others), in the order of the table."""
@@ -168,7 +169,7 @@ def _scripts(report: Report, study: Study, results: Results, players: int, prefi
                     study.frozen,
                     script,
                     players=players,
-                    games=study.script_games,
+                    games=study.games_of(study.trained, script),
                     seed=study.seed,
                     measure=measure,
                 )["overall"]
@@ -182,6 +183,7 @@ def _table(study: Study, results: Results, players: int) -> str:
         "payoff",
         "deal rate",
         "invalid turns",
+        "cut games",
         "games a seat",
     )
     rows = []
@@ -194,6 +196,7 @@ def _table(study: Study, results: Results, players: int) -> str:
                 _named(study, others),
                 *(_interval(side) for side in standing["sides"]),
                 *(_interval(standing[name]) for name in ("payoff", "deal", "invalid")),
+                f"{standing['cut']:.3f}",
                 str(games),
             ]
         )
@@ -202,29 +205,30 @@ def _table(study: Study, results: Results, players: int) -> str:
 
 def _league(report: Report, study: Study, results: Results, players: int, prefix: str) -> None:
     """Everybody in every seat against everybody: mean score over seats and opponents."""
-    means: dict[str, float] = {}
+    n = study.script_games  # the episodes that every pairing has played
+    means: dict[str, Estimate] = {}
     rows = []
     for player in study.everybody:
         cells = []
         for others in study.everybody:
             games = study.games_of(player, others)
-            pairings = [
-                Pairing(one_seat(player, seat, others, players), games) for seat in range(players)
-            ]
-            cells.append(
-                sum(scores(results[p], seat).mean() for seat, p in enumerate(pairings)) / players
-            )
-        means[player] = sum(cells) / len(cells)
-        rows.append([player, *(f"{cell:.2f}" for cell in cells), f"{means[player]:.3f}"])
-    rows.sort(key=lambda row: -float(row[-1]))
+            cast = [one_seat(player, seat, others, players) for seat in range(players)]
+            sides = [scores(results[Pairing(c, games)], seat)[:n] for seat, c in enumerate(cast)]
+            cells.append(np.mean(sides, axis=0))
+        means[player] = bootstrap_mean(np.mean(cells, axis=0), seed=study.seed, unit="points")
+        where = report.results if player == study.trained else report.baselines
+        where[f"{prefix}league/{player}"] = means[player]
+        rows.append([player, *(f"{cell.mean():.2f}" for cell in cells), _interval(means[player])])
+    rows.sort(key=lambda row: -means[row[0]].value)
     report.sections[f"League, {players} players"] = (
         "Mean overall score of the row's player in every seat, the column's in all others.\n\n"
         + table(("player", *study.everybody, "mean"), rows)
     )
-    best = max(means, key=means.get)
+    best = rows[0][0]
     report.notes.append(
-        f"League with {players} players: best mean score {best} ({means[best]:.3f}); "
-        f"{study.trained} {means[study.trained]:.3f}, {study.frozen} {means[study.frozen]:.3f}."
+        f"League with {players} players: best mean score {best} ({means[best].value:.3f}); "
+        f"{study.trained} {means[study.trained].value:.3f}, "
+        f"{study.frozen} {means[study.frozen].value:.3f}."
     )
 
 

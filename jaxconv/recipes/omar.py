@@ -10,293 +10,93 @@
 """
 
 import dataclasses
+import json
+import resource
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import jax
 import numpy as np
 
 from jaxconv import envs
-from jaxconv.data.template import ChatTemplate, take_apart
-from jaxconv.data.tokenizer import train_tokenizer
+from jaxconv.data.template import take_apart
 from jaxconv.errors import Failed, Refused, Stopped
 from jaxconv.evals import arena, cross_play, self_play_report
 from jaxconv.evals.report import Report
-from jaxconv.models import hf
-from jaxconv.models.config import DecoderConfig
-from jaxconv.models.decode import unstack
-from jaxconv.models.decoder import Decoder
-from jaxconv.models.heads import ActorCritic, ValueHead
-from jaxconv.objectives import whitening
-from jaxconv.objectives.advantages import check_pair
-from jaxconv.objectives.ppo import PPOCoefficients
-from jaxconv.rollout.engine import Engine, EngineShape, Sampling
+from jaxconv.models.heads import ActorCritic
+from jaxconv.rollout import settings
+from jaxconv.rollout.engine import Engine
 from jaxconv.rollout.quality import QualityRules, review
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
 from jaxconv.rollout.summary import summarise
 from jaxconv.rollout.terminal import TerminalPlayer, printable
 from jaxconv.rollout.trajectories import to_trajectories
-from jaxconv.train import compile_cache, interrupt, warm_start
+from jaxconv.rollout.world import (
+    SEEDS_OF_A_RUN,
+    World,
+    env_options,
+    scripted_episodes,
+    set_weights,
+)
+from jaxconv.train import atomic, compile_cache, interrupt, warm_start
 from jaxconv.train.checkpoint import Checkpoints
-from jaxconv.train.config import config_value
 from jaxconv.train.mesh import replicate
 from jaxconv.train.metrics import MetricsWriter
 from jaxconv.train.optimizer import make_optimizer
-from jaxconv.train.ppo import PPO, Credit, Minibatching
+from jaxconv.train.ppo import PPO
 from jaxconv.train.profiling import Profiler, parse_steps
 from jaxconv.train.progress import Progress
+from jaxconv.train.starting_point import (
+    as_stored,
+    is_saved,
+    load,
+    load_decoder,
+    run_as,
+    save,
+    starting_model,
+)
 from jaxconv.train.state import TrainState
 from jaxconv.train.workdir import Workdir
 
 LEARNER, TRAINED, FROZEN, SHARP = "learner", "trained", "frozen", "frozen-sharp"
 
-# Episodes of one run never share a seed across its stages, nor with another run's.
-SEEDS_OF_A_RUN = 1 << 32
 WARM_START_SEEDS, HELD_OUT_SEEDS, SELF_PLAY_SEEDS, ARENA_SEEDS = (i << 28 for i in range(4))
-UNROLLED_LAYERS = 4  # models of up to so many layers run them as straight-line code
 ARENA_GAMES = 1 << 27  # first game id of the arena; self-play counts from 0
 
-AT_LEAST = {
-    "seed": 0,
-    "warm_start.dialogues": 1,
-    "warm_start.held_out": 1,
-    "warm_start.steps": 0,
-    "warm_start.streams": 1,
-    "warm_start.evaluate_every": 1,
-    "warm_start.rows": 1,
-    "rollout.slots": 1,
-    "rollout.engines": 1,
-    "rollout.lengths": 1,
-    "rollout.burst": 1,
-    "rollout.prefill_rows": 1,
-    "rollout.prefill_tokens": 1,
-    "rollout.turn_budget": 1,
-    "self_play.iterations": 0,
-    "self_play.games": 1,
-    "minibatching.epochs": 1,
-    "minibatching.minibatches": 1,
-    "minibatching.rows": 1,
-    "minibatching.capacity": 1,
-    "quality.repeated_ngram": 1,
-    "quality.repeats": 2,
-    "checkpoint.every": 1,
-    "checkpoint.warm_start_every": 1,
-    "checkpoint.keep": 1,
-}
-"""The least value of fields that count something."""
 
-FRACTIONS = (
-    "self_play.script_share",
-    "self_play.value_gradient",
-    "credit.gamma_turn",
-    "credit.lam_turn",
-    "credit.gamma_token",
-    "credit.lam_token",
-)
+def check(config) -> None:
+    """Refuses what cannot work, before any work is done."""
+    settings.check(config)
 
 
 def run(config, workdir: Workdir) -> Report:
     """Trains, evaluates, exports and reports; a stage whose output is there is skipped."""
     began = time.monotonic()
     compiled = compile_cache.stats()
-    start, tokenizer = starting_model(config, workdir)
+    if jax.process_count() > 1:
+        raise Refused(f"OMAR runs as one process; {jax.process_count()} were started")
+    start, tokenizer = starting_model(
+        config, workdir.artifacts / "tokenizer", lambda: scripted_words(config)
+    )
     world = World(config, take_apart(tokenizer), start.decoder.config)
     frozen = imitate(config, workdir, world, start, tokenizer)
-    trained, notes = self_play(config, workdir, world, frozen)
+    notes = left_out(workdir)
+    trained, early = self_play(config, workdir, world, frozen)
     trained = as_stored(trained)  # what is exported is what is evaluated
     export(config, workdir, trained, tokenizer)
     report = compete(config, workdir, world, trained, frozen)
     say_the_same(config, workdir, world, trained)
-    report.notes += notes
+    report.notes += notes + early
+    report.artifacts |= {
+        "export": "export",
+        "warm_start": "artifacts/warm_start",
+        "metrics": "metrics.jsonl",
+    }
     self_play_report.add_training(report, workdir)
     self_play_report.add_cost(report, time.monotonic() - began, compile_cache.stats() - compiled)
     self_play_report.write_model_card(workdir, config, report)
     return report
-
-
-def check(config) -> None:
-    """Refuses what cannot work, before any work is done."""
-    _training, _held_out = envs.temperaments(config.env.name)
-    for field, least in AT_LEAST.items():
-        value = config_value(config, field)
-        if min(value if isinstance(value, tuple | list) else (value,), default=least - 1) < least:
-            raise Refused(f"config.{field}={value}; it must be at least {least}")
-    for field in FRACTIONS:
-        if not 0 <= (value := config_value(config, field)) <= 1:
-            raise Refused(f"config.{field}={value}; it must be from 0 to 1")
-    for field in ("rollout.temperature", "arena.sharp_temperature"):
-        if not (value := config_value(config, field)) > 0:
-            raise Refused(f"config.{field}={value}; it must be above 0")
-    if (mode := config.credit.whitening) not in whitening.MODES:
-        raise Refused(f"config.credit.whitening={mode!r}; it may be {', '.join(whitening.MODES)}")
-    if config.rollout.slots * config.rollout.engines < 2:
-        raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
-    envs.make(config.env.name, **env_options(config))
-    ppo_parts(config)
-    QualityRules(**config.quality)
-    parse_steps(config.profile.steps)
-    shape = engine_shape(config)
-    if config.rollout.turn_budget >= shape.lengths[-1]:
-        raise Refused(
-            f"config.rollout.turn_budget={config.rollout.turn_budget}; "
-            f"it must be below the cache length, {shape.lengths[-1]}"
-        )
-    for width in ("warm_start", "minibatching"):
-        if config[width].width < shape.lengths[-1]:
-            raise Refused(
-                f"config.{width}.width={config[width].width}; a row must hold a whole stream, "
-                f"config.rollout.lengths[-1]={shape.lengths[-1]}"
-            )
-    a = config.arena
-    if not 2 <= a.script_games <= a.games:
-        raise Refused(
-            f"config.arena.script_games={a.script_games}; it must be from 2 to "
-            f"config.arena.games={a.games}"
-        )
-
-
-# ---------------------------------------------------------------- settings out of the config
-
-
-def env_options(config, players: int | None = None) -> dict:
-    """Options of the environment; with a fixed number of players for the arena."""
-    options = config.env.to_dict()
-    del options["name"]
-    return options if players is None else options | {"players": (players,)}
-
-
-def engine_shape(config) -> EngineShape:
-    r = config.rollout
-    return EngineShape(
-        slots=r.slots,
-        lengths=tuple(r.lengths),
-        burst=r.burst,
-        leave=r.leave,
-        prefill_rows=tuple(r.prefill_rows),
-        prefill_tokens=tuple(r.prefill_tokens),
-    )
-
-
-def ppo_parts(config) -> tuple[PPOCoefficients, Credit, Minibatching]:
-    try:
-        check_pair(config.credit.anchor, config.credit.deposit)
-        return (
-            PPOCoefficients(**config.loss),
-            Credit(**config.credit),
-            Minibatching(**config.minibatching),
-        )
-    except ValueError as error:
-        raise Refused(f"config: {error}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """What every stage needs to let models talk in the environment."""
-
-    config: object
-    template: ChatTemplate
-    decoder: DecoderConfig
-
-    @property
-    def first_seed(self) -> int:
-        return self.config.seed * SEEDS_OF_A_RUN
-
-    def engines(self, model: ActorCritic, temperature: float | None = None) -> list[Engine]:
-        """Engines for one policy, with its weights."""
-        r = self.config.rollout
-        engines = [
-            Engine(
-                self.decoder,
-                engine_shape(self.config),
-                stop_ids=[self.template.end],
-                key=jax.random.key(self.config.seed),
-                sampling=Sampling(
-                    r.temperature if temperature is None else temperature,
-                    r.top_k,
-                    r.top_p,
-                    r.min_p,
-                ),
-            )
-            for _ in range(r.engines)
-        ]
-        set_weights(engines, model)
-        return engines
-
-    def table(self, policies: dict[str, Sequence[Engine]], players: int | None = None) -> SelfPlay:
-        """Where games among policies and scripts are played."""
-        config = self.config
-        options = env_options(config, players)
-        return SelfPlay(
-            lambda: envs.make(config.env.name, **options),
-            lambda name, env, agent, seed: envs.players(config.env.name, env, name, agent, seed),
-            self.template,
-            policies,
-            turn_budget=config.rollout.turn_budget,
-            concurrent=config.rollout.slots * config.rollout.engines // 2,
-        )
-
-
-def set_weights(engines: Sequence[Engine], model: ActorCritic) -> None:
-    weights = jax.device_put(unstack(model), jax.local_devices()[0])
-    for engine in engines:
-        engine.weights = weights
-
-
-# ---------------------------------------------------------------- 1. tokenizer and model
-
-
-def starting_model(config, workdir: Workdir) -> tuple[ActorCritic, object]:
-    """The checkpoint at `config.model.path`, or a small model with a tokenizer of its own."""
-    if config.model.path:
-        decoder, tokenizer = load_decoder(config.model.path, config)
-        if tokenizer is None:
-            raise Refused(f"config.model.path={config.model.path!r} has no tokenizer")
-        return ActorCritic(decoder, ValueHead(decoder.config.embed_dim)), tokenizer
-    tokenizer = small_tokenizer(config, workdir.artifacts / "tokenizer")
-    m = config.model
-    decoder = DecoderConfig(
-        family=m.family,
-        vocab_size=len(tokenizer),
-        embed_dim=m.embed_dim,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
-        head_dim=m.embed_dim // m.num_heads,
-        mlp_dim=m.mlp_dim,
-        max_positions=config.rollout.lengths[-1],
-        tie_embeddings=True,
-        attention_bias=m.family == "qwen2",
-        qk_norm=m.family == "qwen3",
-        eos_token_ids=(tokenizer.eos_token_id,),
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=m.dtype,
-        remat=m.remat,
-        unroll_layers=m.num_layers <= UNROLLED_LAYERS,
-    )
-    model = jax.jit(Decoder, static_argnums=0)(decoder, jax.random.key(config.seed))
-    return ActorCritic(model, ValueHead(m.embed_dim)), tokenizer
-
-
-def small_tokenizer(config, folder: Path):
-    """A BPE of the scripts' words, kept in the workdir."""
-    import transformers
-
-    if not folder.is_dir():
-        corpus = scripted_episodes(config, WARM_START_SEEDS, min(config.warm_start.dialogues, 1000))
-        texts = (m.content for e in corpus for view in e.views.values() for m in view)
-        partial = folder.with_name(f".{folder.name}.partial")
-        train_tokenizer(texts, config.model.vocab_size).save_pretrained(partial)
-        partial.rename(folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def scripted_episodes(config, seeds: int, n: int):
-    training, _ = envs.temperaments(config.env.name)
-    return envs.scripted_corpus(
-        config.env.name, env_options(config), n, config.seed * SEEDS_OF_A_RUN + seeds, training
-    )
 
 
 # ---------------------------------------------------------------- 2. warm start
@@ -320,8 +120,8 @@ def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenize
                 weight_decay=w.weight_decay,
                 clip_norm=w.clip_norm,
             ),
-            examples(config, world, WARM_START_SEEDS, w.dialogues),
-            examples(config, world, HELD_OUT_SEEDS, w.held_out),
+            examples(config, world, workdir, WARM_START_SEEDS, w.dialogues),
+            examples(config, world, workdir, HELD_OUT_SEEDS, w.held_out),
             warm_start.WarmStart(
                 steps=w.steps,
                 streams=w.streams,
@@ -340,55 +140,52 @@ def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenize
     return start
 
 
-def examples(config, world: World, seeds: int, n: int) -> list[warm_start.Example]:
-    out = []
+def examples(
+    config, world: World, workdir: Workdir, seeds: int, n: int
+) -> list[warm_start.Example]:
+    """Every agent's view of scripted dialogues; those longer than a row are left out and counted.
+
+    Raises:
+        Refused: none fits.
+    """
+    width = config.warm_start.width
+    out, longer = [], []
     for episode in scripted_episodes(config, seeds, n):
         for agent, view in episode.views.items():
             tokens, own = world.template.render_view(view)
-            if any(own) and len(tokens) <= config.warm_start.width:
+            if len(tokens) > width:
+                longer.append(len(tokens))
+            elif any(own):
                 out.append(warm_start.Example(tokens, own, episode.rewards[agent]))
+    if not out:
+        raise Refused(
+            f"config.warm_start.width={width}; no scripted dialogue fits, "
+            f"the longest has {max(longer)} tokens"
+        )
+    if seeds == WARM_START_SEEDS:
+        counts = {"used": len(out), "longer_than_a_row": len(longer), "width": width}
+        atomic.write_json(workdir.artifacts / "warm_start_data.json", counts)
     return out
 
 
-def save(model: ActorCritic, tokenizer, folder: Path) -> None:
-    hf.save_pretrained(model.decoder, tokenizer, folder)
-    hf.save_value_head(model.value_head, folder)
+def left_out(workdir: Workdir) -> list[str]:
+    """A note when the warm start could not use every dialogue."""
+    path = workdir.artifacts / "warm_start_data.json"
+    counts = json.loads(path.read_text()) if path.is_file() else {"longer_than_a_row": 0}
+    if not counts["longer_than_a_row"]:
+        return []
+    return [
+        f"The warm start left out {counts['longer_than_a_row']} views of dialogues that are longer "
+        f"than a row of {counts['width']} tokens, and used {counts['used']}."
+    ]
 
 
-def is_saved(folder: Path) -> bool:
-    """The value head is written last."""
-    return (folder / "value_head.safetensors").is_file()
-
-
-def load(folder: Path, config, decoder: DecoderConfig | None = None) -> ActorCritic:
-    """What `save` wrote, run as `decoder` says if it is given."""
-    model, _ = load_decoder(folder, config)
-    model = model if decoder is None else run_as(model, decoder)
-    return ActorCritic(model, hf.load_value_head(folder, model.config.embed_dim))
-
-
-def load_decoder(path: str | Path, config) -> tuple[Decoder, object]:
-    """A checkpoint's decoder, executed as the config says, and its tokenizer."""
-    model, tokenizer = hf.load_pretrained(path, dtype=config.model.dtype)
-    decoder = dataclasses.replace(
-        model.config,
-        remat=config.model.remat,
-        unroll_layers=model.config.num_layers <= UNROLLED_LAYERS,
-    )
-    return run_as(model, decoder), tokenizer
-
-
-def run_as(model: Decoder, decoder: DecoderConfig) -> Decoder:
-    """The same weights under a configuration that differs in how they are executed or stored."""
-    like = jax.eval_shape(lambda: Decoder(decoder, jax.random.key(0)))
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
-
-
-def as_stored(model: ActorCritic) -> ActorCritic:
-    """The model with its weights rounded to what a checkpoint of it holds."""
-    dtype = model.decoder.config.stored_dtype
-    decoder = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.decoder)
-    return ActorCritic(decoder, model.value_head)
+def scripted_words(config) -> Iterator[str]:
+    """What a small tokenizer is trained on."""
+    dialogues = min(config.warm_start.dialogues, 1000)
+    for episode in scripted_episodes(config, WARM_START_SEEDS, dialogues):
+        for view in episode.views.values():
+            yield from (message.content for message in view)
 
 
 # ---------------------------------------------------------------- 3. self-play
@@ -410,6 +207,8 @@ class Alarms:
             return f"entropy rose from {self.entropy:.3g} to {now:.3g} nats a token"
         if now < limits.entropy_low * self.entropy:
             return f"entropy fell from {self.entropy:.3g} to {now:.3g} nats a token"
+        if metrics["game/truncated"] > limits.truncated_high:
+            return f"{metrics['game/truncated']:.1%} of the games outgrew the cache"
         if self.flat >= 3:
             return f"the spread of rewards fell to {metrics['reward/std']:.3g}"
         return None
@@ -420,7 +219,7 @@ def self_play(
 ) -> tuple[ActorCritic, list[str]]:
     """PPO on the model's conversations with itself. Returns the model and notes for the report."""
     s = config.self_play
-    coefficients, credit, minibatching = ppo_parts(config)
+    coefficients, credit, minibatching = settings.ppo_parts(config)
     updates = s.iterations * minibatching.epochs * minibatching.minibatches
     optimizer = make_optimizer(
         learning_rate=s.learning_rate,
@@ -509,7 +308,7 @@ def self_play(
                     )
                     metrics = summarise(played, LEARNER)
                     metrics |= {f"quality/{k}": v for k, v in flagged.items()}
-                    punish(played, s.invalid_penalty)
+                    punish(played, verdicts, s.invalid_penalty)
                     trajectories = to_trajectories(
                         played, verdicts, teams, pad_streams=64, pad_tokens=64, pad_turns=8
                     )
@@ -521,7 +320,7 @@ def self_play(
                         seed=(config.seed, done),
                     )
                     clock.append(time.monotonic())
-                metrics |= learned | timing(engines, trajectories.lengths, clock)
+                metrics |= learned | timing(engines, len(games), trajectories.lengths, clock)
                 if not np.isfinite(metrics["loss"]):
                     raise Failed(
                         f"the loss of self-play iteration {done + 1} is {metrics['loss']}; "
@@ -553,7 +352,7 @@ def schedule(config, iteration: int) -> list[Game]:
     for i in range(config.self_play.games):
         game = iteration * config.self_play.games + i
         seed = config.seed * SEEDS_OF_A_RUN + SELF_PLAY_SEEDS + game
-        rng = Random(seed)
+        rng = Random(f"cast {seed}")  # the environment draws its episode from the seed itself
         cast = [LEARNER] * max(config.env.players)
         if rng.random() < config.self_play.script_share:
             cast[rng.randrange(min(config.env.players))] = rng.choice(training)
@@ -561,17 +360,22 @@ def schedule(config, iteration: int) -> list[Game]:
     return games
 
 
-def punish(games: Sequence[Played], penalty: float) -> None:
-    """Takes `penalty` from the reward of every turn that nobody understood."""
-    for game in games:
-        for rewards, valid in zip(game.turn_rewards, game.valid, strict=True):
-            for turn, understood in enumerate(valid):
-                if not understood:
+def punish(games: Sequence[Played], verdicts, penalty: float) -> None:
+    """Takes `penalty` from the reward of every turn that nobody understood.
+
+    Not from flagged turns: their own advantage is zero, so it would be the turns before that pay.
+    """
+    for game, kept in zip(games, verdicts, strict=True):
+        for seat, rewards in enumerate(game.turn_rewards):
+            for turn, keep in enumerate(kept[seat]):
+                if keep and not game.valid[seat][turn]:
                     rewards[turn] -= penalty
 
 
-def timing(engines: Sequence[Engine], lengths: Sequence[int], clock: list[float]) -> dict:
-    """Seconds by phase, tokens a second, and how many slot-steps sampled a token."""
+def timing(
+    engines: Sequence[Engine], games: int, lengths: Sequence[int], clock: list[float]
+) -> dict[str, float]:
+    """Seconds by phase, rates, the share of slot-steps that sampled a token, and memory."""
     sync, rollout, train = np.diff(clock)
     sampled = sum(engine.sampled for engine in engines)
     steps = sum(engine.steps for engine in engines)
@@ -579,9 +383,11 @@ def timing(engines: Sequence[Engine], lengths: Sequence[int], clock: list[float]
         "time/sync_s": sync,
         "time/rollout_s": rollout,
         "time/train_s": train,
+        "speed/games_per_s": games / rollout,
         "speed/sampled_tokens_per_s": sampled / rollout,
         "speed/trained_tokens_per_s": sum(lengths) / train,
         "speed/slot_occupancy": sampled / max(steps, 1),
+        "memory/host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -611,13 +417,19 @@ def compete(
         SHARP: world.engines(frozen, config.arena.sharp_temperature),
     }
     pairings = study.pairings()
+
+    def on_progress(done: int, total: int) -> None:
+        progress.update(done, {})
+        if interrupt.requested():
+            raise Stopped(f"the arena stopped after {done} of {total} games; it starts again")
+
     with Progress(workdir, "arena", sum(p.games for p in pairings)) as progress:
         results = arena.play_all(
             lambda players: world.table(policies, players),
             pairings,
             seed=world.first_seed + ARENA_SEEDS,
             first_id=ARENA_GAMES,
-            on_progress=lambda done, total: progress.update(done, {}),
+            on_progress=on_progress,
         )
     report = cross_play.evaluate(study, results)
     self_play_report.add_transcripts(
@@ -690,5 +502,5 @@ def exported(config, workdir: Workdir) -> tuple[World, ActorCritic]:
     if not is_saved(workdir.export):
         raise Refused(f"{workdir.export} holds no export; train first")
     trained = load(workdir.export, config)
-    _, tokenizer = hf.load_pretrained(workdir.export)
+    tokenizer = load_decoder(workdir.export, config)[1]
     return World(config, take_apart(tokenizer), trained.decoder.config), trained

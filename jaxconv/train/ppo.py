@@ -18,7 +18,7 @@ from jaxconv.objectives.kl import kl_token_rewards
 from jaxconv.objectives.masked import masked_mean, masked_std
 from jaxconv.objectives.metrics import Metrics
 from jaxconv.objectives.ppo import PPOBatch, PPOCoefficients, finish_metrics, ppo_loss
-from jaxconv.objectives.whitening import team_moments, whiten
+from jaxconv.objectives.whitening import MODES, team_moments, whiten
 from jaxconv.train.actor_critic import evaluate_tokens, score
 from jaxconv.train.mesh import data_mesh, share_rows
 from jaxconv.train.state import TrainState
@@ -40,9 +40,11 @@ class Credit:
         whitening: "whiten", "center" or "none", within each team.
         importance_cap: largest weight of trainer against sampler.
         reward_kl: KL to the reference as a token reward, per nat.
+        flagged: advantage, after whitening, of every token of a turn that the quality filter
+            flagged: 0 neither praises nor blames it, below 0 makes it cost.
 
     Raises:
-        ValueError: an unknown estimator.
+        ValueError: an unknown name, or a number out of its range.
     """
 
     estimator: str = "hierarchical"
@@ -55,12 +57,23 @@ class Credit:
     whitening: str = "whiten"
     importance_cap: float = 2.0
     reward_kl: float = 0.0
+    flagged: float = 0.0
 
     def __post_init__(self):
         if self.estimator not in ESTIMATORS:
             raise ValueError(
                 f"credit.estimator is {self.estimator!r}; it may be 'hierarchical' or 'token'"
             )
+        if self.whitening not in MODES:
+            raise ValueError(
+                f"credit.whitening is {self.whitening!r}; it may be {', '.join(MODES)}"
+            )
+        if not self.importance_cap >= 1.0:
+            raise ValueError(
+                f"credit.importance_cap is {self.importance_cap}; it must be at least 1"
+            )
+        if not self.reward_kl >= 0.0:
+            raise ValueError(f"credit.reward_kl is {self.reward_kl}; it must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +306,12 @@ def _credit_tokens(
     tokens = jnp.maximum(mask_BT.sum(), 1)
     metrics["advantage/abs_mean"] = jnp.abs(advantages_BT).sum() / tokens
     metrics["advantage/zero_fraction"] = ((advantages_BT == 0) & mask_BT).sum() / tokens
+    # Moments are those of the turns that count; centring would praise or blame the others.
+    kept_BT = jnp.take_along_axis(keep_turns_BN, jnp.maximum(turn_ids_BT, 0), axis=1)
+    flagged_BT = mask_BT & ~kept_BT
+    whitened_BT = whiten(
+        advantages_BT, mask_BT & kept_BT, team_B, num_groups=teams, mode=credit.whitening
+    )
     turns = turn_advantages(
         value_BT,
         turn_rewards_BN,
@@ -313,7 +332,7 @@ def _credit_tokens(
     batch = PPOBatch(
         old_logprob=old_logprob_BT,
         ref_logprob=ref_logprob_BT,
-        advantage=whiten(advantages_BT, mask_BT, team_B, num_groups=teams, mode=credit.whitening),
+        advantage=jnp.where(flagged_BT, credit.flagged, whitened_BT),
         value_target=targets_BT,
         old_value=value_BT,
         is_weight=weights_BT,

@@ -1,0 +1,130 @@
+"""What a self-play config may be: refused before any work, in one line that names the field."""
+
+from jaxconv import envs
+from jaxconv.errors import Refused
+from jaxconv.objectives.advantages import check_pair
+from jaxconv.objectives.ppo import PPOCoefficients
+from jaxconv.rollout.quality import QualityRules
+from jaxconv.rollout.world import engine_shape, env_options
+from jaxconv.train.config import config_value
+from jaxconv.train.ppo import Credit, Minibatching
+from jaxconv.train.profiling import parse_steps
+
+AT_LEAST = {
+    "seed": 0,
+    "warm_start.dialogues": 1,
+    "warm_start.held_out": 1,
+    "warm_start.steps": 0,
+    "warm_start.streams": 1,
+    "warm_start.evaluate_every": 1,
+    "warm_start.rows": 1,
+    "rollout.slots": 1,
+    "rollout.engines": 1,
+    "rollout.lengths": 1,
+    "rollout.burst": 1,
+    "rollout.prefill_rows": 1,
+    "rollout.prefill_tokens": 1,
+    "rollout.turn_budget": 1,
+    "self_play.iterations": 0,
+    "self_play.games": 1,
+    "self_play.warmup": 0,
+    "self_play.critic_warmup": 0,
+    "self_play.weight_decay": 0,
+    "self_play.invalid_penalty": 0,
+    "warm_start.warmup": 0,
+    "warm_start.weight_decay": 0,
+    "model.vocab_size": 261,
+    "model.embed_dim": 1,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.mlp_dim": 1,
+    "minibatching.epochs": 1,
+    "minibatching.minibatches": 1,
+    "minibatching.rows": 1,
+    "minibatching.capacity": 1,
+    "quality.repeated_ngram": 1,
+    "quality.repeats": 2,
+    "checkpoint.every": 1,
+    "checkpoint.warm_start_every": 1,
+    "checkpoint.keep": 1,
+}
+"""The least value of fields that count something."""
+
+POSITIVE = (
+    "rollout.temperature",
+    "arena.sharp_temperature",
+    "warm_start.learning_rate",
+    "warm_start.clip_norm",
+    "self_play.learning_rate",
+    "self_play.clip_norm",
+)
+FRACTIONS = (
+    "self_play.script_share",
+    "self_play.value_gradient",
+    "credit.gamma_turn",
+    "credit.lam_turn",
+    "credit.gamma_token",
+    "credit.lam_token",
+)
+
+
+def check(config) -> None:
+    """Refuses what cannot work, before any work is done."""
+    _training, _held_out = envs.temperaments(config.env.name)
+    for field, least in AT_LEAST.items():
+        value = config_value(config, field)
+        if min(value if isinstance(value, tuple | list) else (value,), default=least - 1) < least:
+            raise Refused(f"config.{field}={value}; it must be at least {least}")
+    for field in FRACTIONS:
+        if not 0 <= (value := config_value(config, field)) <= 1:
+            raise Refused(f"config.{field}={value}; it must be from 0 to 1")
+    for field in POSITIVE:
+        if not (value := config_value(config, field)) > 0:
+            raise Refused(f"config.{field}={value}; it must be above 0")
+    if config.model.embed_dim % config.model.num_heads:
+        raise Refused(
+            f"config.model.num_heads={config.model.num_heads}; "
+            f"it must divide config.model.embed_dim={config.model.embed_dim}"
+        )
+    if config.self_play.games < config.minibatching.minibatches:
+        raise Refused(
+            f"config.minibatching.minibatches={config.minibatching.minibatches}; it must be at "
+            f"most config.self_play.games={config.self_play.games}"
+        )
+    if config.rollout.slots * config.rollout.engines < 2:
+        raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
+    envs.make(config.env.name, **env_options(config))
+    ppo_parts(config)
+    QualityRules(**config.quality)
+    parse_steps(config.profile.steps)
+    shape = engine_shape(config)
+    if config.rollout.turn_budget >= shape.lengths[-1]:
+        raise Refused(
+            f"config.rollout.turn_budget={config.rollout.turn_budget}; "
+            f"it must be below the cache length, {shape.lengths[-1]}"
+        )
+    for width in ("warm_start", "minibatching"):
+        if config[width].width < shape.lengths[-1]:
+            raise Refused(
+                f"config.{width}.width={config[width].width}; a row must hold a whole stream, "
+                f"config.rollout.lengths[-1]={shape.lengths[-1]}"
+            )
+    a = config.arena
+    if not 2 <= a.script_games <= a.games:
+        raise Refused(
+            f"config.arena.script_games={a.script_games}; it must be from 2 to "
+            f"config.arena.games={a.games}"
+        )
+
+
+def ppo_parts(config) -> tuple[PPOCoefficients, Credit, Minibatching]:
+    try:
+        check_pair(config.credit.anchor, config.credit.deposit)
+        return (
+            PPOCoefficients(**config.loss),
+            Credit(**config.credit),
+            Minibatching(**config.minibatching),
+        )
+    except ValueError as error:
+        raise Refused(f"config: {error}") from None
