@@ -1,4 +1,14 @@
-"""An optimizer step does not depend on how its batch was cut into micro-batches."""
+"""An optimizer step does not depend on how its batch was cut into micro-batches, nor on how many
+devices share it.
+
+Run as a program it prints what updates on 1, 2 and 8 devices come to; it needs 8 of them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +17,7 @@ import optax
 import pytest
 
 from jaxconv.objectives.metrics import Metrics
-from jaxconv.train.mesh import data_mesh
+from jaxconv.train.mesh import DATA, data_mesh, replicate, share_rows
 from jaxconv.train.optimizer import make_optimizer
 from jaxconv.train.state import TrainState
 from jaxconv.train.update import accumulate, make_update
@@ -115,3 +125,105 @@ def test_weight_decay_touches_matrices_alone():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, model), optimizer.init(model), model)
     np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
     assert not updates["vector"].any()
+
+
+def summed_in_the_loop(model, batch, factor=1.0):
+    """A loss for which the devices wait for each other at every micro-batch."""
+    total, count, metrics = squared_error(model, batch, factor)
+    return jax.lax.psum(total, DATA) ** 2, count, metrics
+
+
+_COLLECTIVE = re.compile(
+    r" = (.*?) (?:all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
+)
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
+
+
+def collectives(compiled: str) -> tuple[list[str], list[str]]:
+    """Result types of the collectives of an HLO text: (inside loops, all of them)."""
+    computations: dict[str, list[str]] = {}
+    for line in compiled.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            lines = computations[name] = []
+        elif line.startswith(" "):
+            lines.append(line)
+    waiting = re.findall(r"body=%?([\w.-]+)", compiled)
+    assert waiting, "no loop was compiled"
+    inside: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in inside:
+            inside.add(name)
+            waiting += _CALLED.findall("\n".join(computations[name]))
+    found = [
+        (name in inside, kind[1])
+        for name, lines in computations.items()
+        for kind in map(_COLLECTIVE.search, lines)
+        if kind
+    ]
+    return [kind for looped, kind in found if looped], [kind for _, kind in found]
+
+
+def main() -> None:
+    """Prints, by number of devices, the result of three updates and where devices wait."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 8, 37)).astype("f4"), rng.normal(size=(3, 8)).astype("f4")
+    batches = (x, y, rng.random((3, 8)) < 0.6)
+    optimizer = optax.adam(0.1)
+    constants = (np.int32(3), np.float32(0.5))
+    out = {}
+    for devices in (1, 2, 8):
+        mesh = data_mesh(devices)
+        assert mesh.size == devices
+        state = replicate(TrainState.create({"w": jnp.ones(37)}, optimizer), mesh)
+        shared = share_rows(batches, mesh)
+        update = make_update(squared_error, optimizer, mesh)
+        waits = collectives(update.lower(state, shared, *constants).compile().as_text())
+        slow = make_update(summed_in_the_loop, optimizer, mesh)
+        slow_waits = collectives(slow.lower(state, shared, *constants).compile().as_text())
+        for _ in range(3):
+            state, denominator, metrics = update(state, shared, *constants)
+        out[devices] = {
+            "w": state.model["w"].tolist(),
+            "denominator": float(denominator),
+            "metrics": jax.tree.map(float, metrics.sums | metrics.maxima),
+            "waits": waits,
+            "slow_waits": slow_waits,
+        }
+    print(json.dumps(out))
+
+
+@pytest.fixture(scope="module")
+def on_devices():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("devices", ["2", "8"])
+def test_the_update_is_the_same_on_any_number_of_devices(on_devices, devices):
+    one, many = on_devices["1"], on_devices[devices]
+    np.testing.assert_allclose(many["w"], one["w"], rtol=1e-6, atol=1e-6)
+    assert np.abs(np.array(one["w"]) - 1).min() > 0.01
+    assert many["denominator"] == one["denominator"]
+    assert many["metrics"].keys() == one["metrics"].keys()
+    for name, value in one["metrics"].items():
+        np.testing.assert_allclose(many["metrics"][name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("devices", ["2", "8"])
+def test_devices_wait_for_each_other_once_an_update(on_devices, devices):
+    in_loops, everywhere = on_devices[devices]["waits"]
+    assert in_loops == []
+    assert sum("f32[37]" in kind for kind in everywhere) == 1
+    assert on_devices[devices]["slow_waits"][0]  # what would be seen otherwise
+    assert on_devices["1"]["waits"][0] == []
+
+
+if __name__ == "__main__":
+    main()
