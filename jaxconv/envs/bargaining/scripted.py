@@ -16,7 +16,7 @@ from itertools import product
 from jaxconv.data.conversation import Message
 from jaxconv.envs.bargaining.env import Bargaining, Options
 from jaxconv.envs.bargaining.language import say, say_about, say_offer
-from jaxconv.envs.bargaining.parser import understand
+from jaxconv.envs.bargaining.rules import Table
 from jaxconv.envs.bargaining.scenario import POINTS, Offer, Private, Scenario, Setting, utility
 from jaxconv.envs.episode import Episode, play
 from jaxconv.errors import Refused
@@ -29,17 +29,17 @@ class Temperament:
     """How a script bargains and talks. All but `shape`, `patience` and `habit` are in [0, 1].
 
     Attributes:
-      start, end: first and last aim, as a share of the way from the limit up to all it could get.
-      shape: above 1 it gives way late, below 1 early.
-      noise: standard deviation of the aim, in points per point of that way.
-      mirror: above 0 the aim does not follow time; it sinks by this share of what the others gave.
-      patience: own turns before it may walk away from an offer below its limit.
-      leave: how often it then does.
-      ask, answer, tell: how often it asks, answers a question, tells its wishes unasked.
-      lie: how often such a word is untrue.
-      courtesy, rude, slip: how often it is kind, is rude, tells its limit, in a turn.
-      refuse: how often it says no before a counter-offer.
-      habit: which phrasings it likes.
+        start, end: first and last aim, as a share of the way from the limit up to all it could get.
+        shape: above 1 it gives way late, below 1 early.
+        noise: standard deviation of the aim, in points per point of that way.
+        mirror: above 0 the aim does not follow time; it sinks by this share of what others gave.
+        patience: own turns before it may walk away from an offer below its limit.
+        leave: how often it then does.
+        ask, answer, tell: how often it asks, answers a question, tells its wishes unasked.
+        lie: how often such a word is untrue.
+        courtesy, rude, slip: how often it is kind, is rude, tells its limit, in a turn.
+        refuse: how often it says no before a counter-offer.
+        habit: which phrasings it likes.
     """
 
     start: float
@@ -107,13 +107,19 @@ class ScriptedPlayer:
         self.seat = scenario.setting.agents.index(agent)
         self.own: Private = scenario.private[self.seat]
         self.seed = seed
+        # The episode as it sees it at a turn of each seat: only whose turn it is matters there.
+        players = len(scenario.setting.agents)
+        self._at_turn_of = [
+            Scenario(scenario.setting, (self.own,) * players, 1, seat) for seat in range(players)
+        ]
         self._rng = random.Random(0)
         self._forget()
 
     def _forget(self) -> None:
         players, topics = len(self.setting.agents), len(self.setting.topics)
         self.heard: list[list[tuple[str, str]]] = []  # for each turn what was new: (name, text)
-        self.standing: Offer | None = None  # the offer on the table, if not its own
+        self.standing: Offer | None = None  # the offer on the table
+        self.proposer: int | None = None  # whose it is
         self.demand = float(POINTS)  # what its own last offer was worth to it
         self.first_given: float | None = None  # what the others' first and best offers were worth
         self.best_given = 0.0
@@ -143,12 +149,14 @@ class ScriptedPlayer:
         return self._speak(aim, rng)
 
     def _listen(self, seat: int, text: str) -> None:
-        heard = understand(self.setting, seat, text)
-        if heard.reason is not None:
+        # What the rules refuse does nothing, whatever it sounds like.
+        table = Table(self._at_turn_of[seat], standing=self.standing, proposer=self.proposer)
+        turn = table.speak(text)
+        if not turn.valid:
             return
-        for kind, detail in heard.acts:
+        self.standing, self.proposer = table.standing, table.proposer
+        for kind, detail in turn.acts:
             if kind == "propose":
-                self.standing = detail
                 given = utility(self.own, self.seat, detail)
                 if self.first_given is None:
                     self.first_given = given
@@ -186,7 +194,9 @@ class ScriptedPlayer:
     def _speak(self, aim: float, rng: random.Random) -> str:
         temper, habit = self.temper, self.temper.habit
         chance = rng.random
-        offered = None if self.standing is None else utility(self.own, self.seat, self.standing)
+        offered = None
+        if self.standing is not None and self.proposer != self.seat:
+            offered = utility(self.own, self.seat, self.standing)
         slack = 0.5 * (len(self.cares) - 1)  # the more must agree, the less one may insist
         before = []
         if self.asked and chance() < temper.answer:
@@ -208,7 +218,7 @@ class ScriptedPlayer:
             before = self._small_talk(offered, rng)
         offer = self._offer(aim, rng)
         self.demand = utility(self.own, self.seat, offer)
-        self.standing = None
+        self.standing, self.proposer = offer, self.seat
         yours = 0.35 if habit % 2 else 0.1
         spoken = say_offer(self.setting, self.seat, offer, rng, habit, yours)
         after = []
