@@ -101,6 +101,8 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
 
     # jax is imported and told what to do only now that the input has been accepted.
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every step at lower levels
+    # transformers would say that it found no PyTorch, which nobody here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from jaxconv.train import compile_cache, mesh
 
     compile_cache.enable()
