@@ -6,16 +6,17 @@ one. Single fields are set with `--config.group.field=value`.
 Exit status: 0 done, 1 failed, 2 refused input, 3 done in part, 4 stopped and resumable.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags, logging
 
@@ -35,7 +36,55 @@ _STATUS_OF_REPORT = {"done": DONE, "partial": PARTIAL, "failed": FAILED, "stoppe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (without the program's name) and returns its exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with _read_or_not():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+class _Stream:
+    """A standard stream that goes on in silence once nobody reads it (`... | head`).
+
+    A run of hours does not depend on who watches it. Its status is that of its work.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._silence()
+
+    def _silence(self) -> None:
+        """What is buffered goes nowhere too, when the interpreter flushes it at its end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _read_or_not() -> Iterator[None]:
+    """Inside the block standard output and standard error need nobody to read them."""
+    out, err = (stream and _Stream(stream) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            for stream in filter(None, (out, err)):
+                stream.flush()
+
+
+def _main(argv: list[str]) -> int:
     workdir: list[Workdir] = []
     try:
         return _run(argv, workdir)
@@ -43,10 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(REFUSED, f"refused: {error}")
     except Stopped as error:
         return _say(STOPPED, f"stopped: {error}; {_RESUME}")
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except KeyboardInterrupt:
         return _say(STOPPED, f"stopped; {_RESUME}")
     except Exception as error:

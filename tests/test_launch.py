@@ -259,6 +259,47 @@ def test_a_full_disk_is_one_line_and_status_1(capsys):
     assert "starting at 0" in capsys.readouterr().out
 
 
+def watch_a_little(*arguments, lines):
+    """Starts it, reads so many lines, then reads no more and waits: (status, standard error)."""
+    process = start(*arguments)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    return process.wait(timeout=60), error
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_run_goes_on_when_nobody_reads_it_any_longer(lines):
+    status, error = watch_a_little("--config.steps=5", "--config.pause=0.1", lines=lines)
+    assert (status, error) == (0, "")
+    assert [record["step"] for record in metrics.read(Workdir("run"))] == [1, 2, 3, 4, 5]
+    assert json.loads(Path("run/report.json").read_text())["status"] == "done"
+    assert not Path("run/error.log").exists()
+
+
+def test_an_unread_failure_is_still_a_failure():
+    process = subprocess.Popen(
+        [sys.executable, str(_DRIVER), _CONFIG, "--workdir=run", "--config.fail=bug"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert "a bug in the recipe" in Path("run/error.log").read_text()
+
+
+@pytest.mark.parametrize("argument", ["--help", "--print_config"])
+def test_what_is_only_printed_may_be_left_unread(argument):
+    assert watch_a_little(argument, lines=0) == (0, "")
+
+
+def test_the_status_of_a_finished_run_stays_when_its_report_is_not_read(monkeypatch):
+    monkeypatch.setattr(driver.recipe, "run", lambda config, workdir: Report(status="partial"))
+    assert launch.main([_CONFIG, "--workdir=run"]) == 3
+    assert watch_a_little(lines=0) == (3, "")
+
+
 @pytest.mark.slow
 def test_two_processes_run_as_one_and_only_process_0_writes():
     with socket.socket() as free:
