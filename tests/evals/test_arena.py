@@ -103,6 +103,12 @@ def test_rates_count_episodes_not_turns(played):
     assert [side.value for side in standing["sides"]] == [1.0, 1.0]
 
 
+def test_cut_games_are_counted(played):
+    games = [played([None, None]), played([1.0, 1.0]), played([1.0, 1.0]), played([1.0, 1.0])]
+    results = {Pairing(("f", "f"), 4): games}
+    assert level(results, "f", "f", players=2, games=4, seed=0)["cut"] == 0.25
+
+
 def test_a_rate_of_none_or_all_still_has_an_interval(played):
     games = [played([1.0, 1.0], deal=True) for _ in range(10)]
     standing = level({Pairing(("f", "f"), 10): games}, "f", "f", players=2, games=10, seed=0)

@@ -95,7 +95,7 @@ def outcome(workdir: Path) -> dict:
         "critic": (workdir / "export" / "value_head.safetensors").read_bytes(),
         "frozen": (workdir / "artifacts" / "warm_start" / "model.safetensors").read_bytes(),
         "metrics": [
-            {k: v for k, v in r.items() if not re.match("time|speed/", k)} for r in records
+            {k: v for k, v in r.items() if not re.match("time|speed/|memory/", k)} for r in records
         ],
         "results": report["results"],
         "baselines": report["baselines"],

@@ -15,11 +15,14 @@ from jaxconv.models.heads import ActorCritic, ValueHead
 from jaxconv.recipes import omar
 from jaxconv.train.config import load, override
 
-LIMITS = types.SimpleNamespace(entropy_high=2.0, entropy_low=0.5, reward_std_low=0.1)
+LIMITS = types.SimpleNamespace(
+    entropy_high=2.0, entropy_low=0.5, reward_std_low=0.1, truncated_high=0.2
+)
 
 
-def sound(alarms, entropy=1.0, std=1.0):
-    return alarms.sound({"policy/entropy": entropy, "reward/std": std}, LIMITS)
+def sound(alarms, entropy=1.0, std=1.0, cut=0.0):
+    metrics = {"policy/entropy": entropy, "reward/std": std, "game/truncated": cut}
+    return alarms.sound(metrics, LIMITS)
 
 
 @pytest.fixture
@@ -33,6 +36,12 @@ def test_alarms_compare_the_entropy_with_the_first_one():
     assert sound(alarms, 0.59) is None and sound(alarms, 0.16) is None
     assert sound(alarms, 0.61) == "entropy rose from 0.3 to 0.61 nats a token"
     assert sound(alarms, 0.14) == "entropy fell from 0.3 to 0.14 nats a token"
+
+
+def test_games_that_outgrow_the_cache_sound_the_alarm():
+    alarms = omar.Alarms()
+    assert sound(alarms, cut=0.2) is None
+    assert sound(alarms, cut=0.25) == "25.0% of the games outgrew the cache"
 
 
 def test_flat_rewards_sound_the_alarm_the_third_time_in_a_row():
@@ -63,7 +72,7 @@ def test_seeds_of_stages_and_of_runs_never_meet(config):
     spans = []
     for seed in (0, 1, 2):
         config.seed = seed
-        world = omar.World(config, None, None)
+        world = omar.World(config, None, types.SimpleNamespace(max_positions=4096))
         for stage in (
             omar.WARM_START_SEEDS,
             omar.HELD_OUT_SEEDS,
@@ -76,9 +85,12 @@ def test_seeds_of_stages_and_of_runs_never_meet(config):
 
 
 def test_only_turns_that_nobody_understood_are_punished():
-    game = types.SimpleNamespace(turn_rewards=[[0.0, 1.0], [0.5]], valid=[[False, True], [False]])
-    omar.punish([game], 0.25)
-    assert game.turn_rewards == [[-0.25, 1.0], [0.25]]
+    game = types.SimpleNamespace(
+        turn_rewards=[[0.0, 1.0, 2.0], [0.5]], valid=[[False, True, False], [False]]
+    )
+    # The last turn of seat 0 is flagged by the quality filter; a script spoke in seat 1.
+    omar.punish([game], [[[True, True, False], []]], 0.25)
+    assert game.turn_rewards == [[-0.25, 1.0, 2.0], [0.5]]
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_stopped_and_killed_runs_end_as_undisturbed_ones(tiny, finished, tmp_pat
 
 
 POINTS = (
-    "jaxconv.recipes.omar:train_tokenizer:1+",
+    "jaxconv.train.starting_point:train_tokenizer:1+",
     "jaxconv.train.warm_start:pack_examples:2",  # before the first update
     "jaxconv.train.warm_start:pack_examples:5",
     "jaxconv.train.checkpoint:Checkpoints.save:1+",  # while it is written in the background
