@@ -60,13 +60,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.warm_start.rows = 8  # packed rows of a micro-batch
 
     config.rollout = ConfigDict()
-    config.rollout.slots = 32  # of one engine
+    config.rollout.slots = 24  # of one engine
     config.rollout.engines = 4  # of one policy; agents of one game sit in different ones
     config.rollout.lengths = (128, 256)  # cache lengths; the last is where a stream ends
     config.rollout.burst = 32  # most tokens of one dispatch
     config.rollout.leave = 0.75  # a burst leaves early when this share of its turns has ended
     config.rollout.turn_budget = 40  # most tokens of a turn
-    config.rollout.prefill_rows = (8, 32)
+    config.rollout.prefill_rows = (6, 24)
     config.rollout.prefill_tokens = (16, 64)
     config.rollout.temperature = 1.0  # the trainer judges tokens at the same temperature
 

@@ -285,7 +285,7 @@ def self_play(
                 with profiler.step(done + 1):
                     clock = [time.monotonic()]
                     set_weights(engines, state.model)
-                    jax.block_until_ready(engines[0].weights)
+                    jax.block_until_ready([engine.weights for engine in engines])
                     clock.append(time.monotonic())
 
                     games = schedule(config, done)

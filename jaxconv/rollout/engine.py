@@ -17,7 +17,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxconv.errors import Refused
@@ -139,6 +138,8 @@ class Engine:
         key: typed key of the run. A stream's randomness is folded from it by stream id and then by
             position, so its text does not depend on its slot or on what else is in the batch.
         sampling: how turns are drawn; may be replaced at any time without a new compilation.
+        device: where the cache lives and bursts run; the first local device if not given. Weights
+            must be set there.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Engine:
         stop_ids: Sequence[int],
         key: jax.Array,
         sampling: Sampling | None = None,
+        device: jax.Device | None = None,
     ):
         if shape.lengths[-1] > config.max_positions:
             raise Refused(
@@ -158,15 +160,18 @@ class Engine:
         self.config, self.shape = config, shape
         self.sampling = sampling or Sampling()
         self.weights: DecodeWeights | None = None
-        self._key = key
+        self.device = device or jax.local_devices()[0]
+        self._key = jax.device_put(key, self.device)
         self._stop = frozenset(stop_ids)
-        self._stop_ids = jnp.asarray(sorted(self._stop), jnp.int32)
+        self._stop_ids = jax.device_put(np.array(sorted(self._stop), np.int32), self.device)
         self.reset()
 
     def reset(self) -> None:
         """Frees every slot and forgets everything but the weights."""
         b = self.shape.slots
-        self._state = SlotState.silent(self.config, b, self.shape.lengths[0])
+        self._state = jax.device_put(
+            SlotState.silent(self.config, b, self.shape.lengths[0]), self.device
+        )
         self._free = list(range(b - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         self._waiting: list[int] = []
@@ -294,6 +299,7 @@ class Engine:
 
     def restore(self, arrays: dict, host: dict) -> None:
         """Goes back to a snapshot."""
+        arrays = jax.device_put(arrays, self.device)
         self._state = arrays["state"]
         self._flying = collections.deque(arrays["flying"])
         self._free, self._waiting = list(host["free"]), list(host["waiting"])

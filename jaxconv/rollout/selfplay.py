@@ -1,7 +1,7 @@
 """Conversations on engines: many games at once, each seat played by a model or by a script.
 
-The host keeps one burst in flight: while the device decodes it, the host reads the one before,
-steps the environments and queues what each agent has heard. A policy may own several engines
+The host keeps one burst in flight on each device: while it is decoded, the host reads one before
+it, steps the environments and queues what each agent has heard. A policy may own several engines
 ("lanes"). The agents of a game sit in different lanes, so that a lane decodes while the others
 listen and its slots are not held idle by agents whose turn it is not.
 """
@@ -151,6 +151,8 @@ class SelfPlay:
         for name, engines in policies.items():
             self._lanes[name] = list(range(len(self._engines), len(self._engines) + len(engines)))
             self._engines += engines
+        # One burst in flight for each device that engines are on.
+        self._ahead = len({engine.device for engine in self._engines})
         self._turn_budget, self._concurrent = turn_budget, concurrent
         self._queue: collections.deque[Game] = collections.deque()
         self._live: dict[int, _Live] = {}
@@ -190,7 +192,7 @@ class SelfPlay:
         if started:
             self._engines[index].dispatch()
             self._flying.append(index)
-        if self._flying and (len(self._flying) > 1 or not started):
+        if self._flying and (len(self._flying) > self._ahead or not started):
             index = self._flying.popleft()
             for turn in self._engines[index].collect():
                 self._spoke(index, turn)

@@ -58,8 +58,13 @@ class World:
         return self.config.seed * SEEDS_OF_A_RUN
 
     def engines(self, model: ActorCritic, temperature: float | None = None) -> list[Engine]:
-        """Engines for one policy, with its weights."""
+        """Engines for one policy, with its weights, spread over the devices of this process.
+
+        Two neighbours share a device: the agents of one game sit in them and speak in turn, so that
+        every device has somebody who speaks.
+        """
         r = self.config.rollout
+        devices = jax.local_devices()
         engines = [
             Engine(
                 self.decoder,
@@ -67,8 +72,9 @@ class World:
                 stop_ids=[self.template.end],
                 key=jax.random.key(self.config.seed),
                 sampling=Sampling(r.temperature if temperature is None else temperature),
+                device=devices[i // 2 % len(devices)],
             )
-            for _ in range(r.engines)
+            for i in range(r.engines)
         ]
         set_weights(engines, model)
         return engines
@@ -88,9 +94,11 @@ class World:
 
 
 def set_weights(engines: Sequence[Engine], model: ActorCritic) -> None:
-    weights = jax.device_put(unstack(model), jax.local_devices()[0])
+    """Gives every engine the model's weights in rollout layout, one copy a device."""
+    weights = unstack(model)
+    copies = {engine.device: jax.device_put(weights, engine.device) for engine in engines}
     for engine in engines:
-        engine.weights = weights
+        engine.weights = copies[engine.device]
 
 
 def scripted_episodes(config, seeds: int, n: int) -> Iterator[envs.Episode]:
