@@ -119,12 +119,12 @@ def check(config) -> None:
 
 
 def ppo_parts(config) -> tuple[PPOCoefficients, Credit, Minibatching]:
+    """The parts of a PPO update. Raises Refused, naming the section, for values that cannot be."""
+    section = "loss"
     try:
+        coefficients = PPOCoefficients(**config.loss)
+        section = "credit"
         check_pair(config.credit.anchor, config.credit.deposit)
-        return (
-            PPOCoefficients(**config.loss),
-            Credit(**config.credit),
-            Minibatching(**config.minibatching),
-        )
+        return coefficients, Credit(**config.credit), Minibatching(**config.minibatching)
     except ValueError as error:
-        raise Refused(f"config: {error}") from None
+        raise Refused(f"config.{section}.{error}") from None

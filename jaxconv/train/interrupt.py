@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _requested = False
 
@@ -46,8 +46,9 @@ def _handle(kind: int, frame: object) -> None:
     already, _requested = _requested, True
     if not already:
         name = signal.Signals(kind).name
-        # os.write is safe in a handler; print may be inside its own lock just now.
-        os.write(
-            sys.__stderr__.fileno(),
-            f"{name}: finishing this step, then saving (Ctrl-C again leaves at once)\n".encode(),
-        )
+        # os.write is safe in a handler; print may be inside its own lock just now. Nobody may read.
+        with suppress(OSError):
+            os.write(
+                sys.__stderr__.fileno(),
+                f"{name}: finishing this step, then saving (Ctrl-C again leaves at once)\n".encode(),
+            )

@@ -61,19 +61,13 @@ class Credit:
 
     def __post_init__(self):
         if self.estimator not in ESTIMATORS:
-            raise ValueError(
-                f"credit.estimator is {self.estimator!r}; it may be 'hierarchical' or 'token'"
-            )
+            raise ValueError(f"estimator={self.estimator!r}; it may be 'hierarchical' or 'token'")
         if self.whitening not in MODES:
-            raise ValueError(
-                f"credit.whitening is {self.whitening!r}; it may be {', '.join(MODES)}"
-            )
+            raise ValueError(f"whitening={self.whitening!r}; it may be {', '.join(MODES)}")
         if not self.importance_cap >= 1.0:
-            raise ValueError(
-                f"credit.importance_cap is {self.importance_cap}; it must be at least 1"
-            )
+            raise ValueError(f"importance_cap={self.importance_cap}; it must be at least 1")
         if not self.reward_kl >= 0.0:
-            raise ValueError(f"credit.reward_kl is {self.reward_kl}; it must be at least 0")
+            raise ValueError(f"reward_kl={self.reward_kl}; it must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def refused(arguments, capsys) -> str:
         ({"credit__deposit": "seed"}, "anchor"),
         ({"credit__anchor": "middle"}, "anchor"),
         ({"credit__whitening": "bleach"}, "config.credit.whitening='bleach'; it may be"),
-        ({"credit__estimator": "magic"}, "credit.estimator is 'magic'"),
+        ({"credit__estimator": "magic"}, "config.credit.estimator='magic'"),
         ({"loss__clip_low": 2.0}, "clip_low is 2.0; it must lie between 0 and 1"),
         ({"rollout__turn_budget": 384}, "config.rollout.turn_budget=384; it must be below"),
         ({"rollout__turn_budget": 0}, "config.rollout.turn_budget=0; it must be at least 1"),

@@ -70,5 +70,5 @@ def test_a_flagged_turn_earns_nothing_and_earlier_turns_keep_their_credit():
 
 
 def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match=r"credit\.estimator is 'turn'; it may be"):
+    with pytest.raises(ValueError, match=r"estimator='turn'; it may be"):
         Credit(estimator="turn")
