@@ -48,7 +48,5 @@ def _handle(kind: int, frame: object) -> None:
         name = signal.Signals(kind).name
         # os.write is safe in a handler; print may be inside its own lock just now. Nobody may read.
         with suppress(OSError):
-            os.write(
-                sys.__stderr__.fileno(),
-                f"{name}: finishing this step, then saving (Ctrl-C again leaves at once)\n".encode(),
-            )
+            line = f"{name}: finishing this step, then saving (Ctrl-C again leaves at once)\n"
+            os.write(sys.__stderr__.fileno(), line.encode())
