@@ -4,9 +4,10 @@
 
 Both sides hold the same weights (exported by `save_pretrained`, loaded by `AutoModelForCausalLM`),
 take the same batch and sample at temperature 1 with no end token. Rounds are interleaved, so that
-other work on the machine disturbs both alike; the table shows medians. The peer does what its API
-offers: static batches, one `generate` a turn with a key-value cache inside the call, and the whole
-history again at every turn. The engine keeps the cache of a conversation between its turns.
+other work on the machine disturbs both alike; the table shows medians. We run one engine on each
+core; the peer runs with the number of threads that is fastest for it, and does what its API offers:
+static batches, one `generate` a turn with a key-value cache inside the call, and the whole history
+again at every turn. The engine keeps the cache of a conversation between its turns.
 First both sides decode greedily, and unless 99 % of their tokens agree nothing is measured.
 
 Needs the `parity` extra. Writes `benchmarks/results/rollout_cpu.json`.
@@ -37,12 +38,13 @@ from jaxconv.models.decoder import Decoder
 from jaxconv.models.hf import save_pretrained
 from jaxconv.rollout.engine import Engine, EngineShape, Sampling
 from jaxconv.train import compile_cache
+from jaxconv.train.mesh import split_cpu
 
 BATCH = 32
 HEARD, SAID = 24, 24  # tokens a turn of the other side and of the model
 LONG = 192  # new tokens of one long turn
 MIN_AGREEMENT = 0.99  # of greedy tokens: below it the two sides do not run the same model
-LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # cache buckets
+LENGTHS = (*range(64, 512, 64), *range(512, 2049, 128))  # cache buckets
 TURNS = (4, 8, 16, 32)
 PEER_TURNS = (4, 8, 16)
 CONFIG = DecoderConfig(
@@ -64,49 +66,60 @@ def heard(turns: int, seed: int = 0) -> np.ndarray:
 
 
 class Ours:
-    """Conversations of one length on our engine; every call starts with free slots."""
+    """Conversations of one length on our engines, one a core; every call starts with free slots."""
 
     def __init__(self, model: Decoder, said: int, turns: int, temperature: float = 1.0):
         self.said, self.turns = said, turns
         tokens = turns * (HEARD + said) + 1
         longest = next(i for i, n in enumerate(LENGTHS) if n >= tokens)
+        devices = jax.local_devices()
+        slots = BATCH // len(devices)
         shape = EngineShape(
-            slots=BATCH,
+            slots=slots,
             lengths=LENGTHS[: longest + 1],
-            burst=min(said, 32),
+            burst=min(said, 64),
             leave=1.0,
-            prefill_rows=(BATCH,),
+            prefill_rows=(slots,),
             prefill_tokens=(HEARD,),
         )
-        self.engine = Engine(
-            CONFIG,
-            shape,
-            stop_ids=[-1],
-            key=jax.random.key(0),
-            sampling=Sampling(temperature=temperature),
-        )
-        self.engine.weights = unstack(model)
+        self.engines = [
+            Engine(
+                CONFIG,
+                shape,
+                stop_ids=[-1],
+                key=jax.random.key(0),
+                sampling=Sampling(temperature=temperature),
+                device=device,
+            )
+            for device in devices
+        ]
+        weights = unstack(model)
+        for engine in self.engines:
+            engine.weights = jax.device_put(weights, engine.device)
 
     def __call__(self, words: np.ndarray) -> np.ndarray:
         """Sampled tokens [turns, BATCH, said]."""
-        engine = self.engine
-        engine.reset()
         out = np.zeros((self.turns, BATCH, self.said), np.int32)
-        turn = dict.fromkeys((engine.open(i) for i in range(BATCH)), -1)
-        row = {slot: i for i, slot in enumerate(turn)}
-        ready = list(turn)
-        while ready or engine.speaking:
-            for slot in ready:
-                turn[slot] += 1
-                if turn[slot] < self.turns:
-                    engine.say(slot, words[turn[slot], row[slot]].tolist(), self.said)
-            if not engine.speaking:
-                break
-            engine.dispatch()
-            finished = engine.collect()
-            for done in finished:
-                out[turn[done.slot], row[done.slot]] = done.tokens
-            ready = [done.slot for done in finished]
+        row, turn = {}, {}
+        for e, engine in enumerate(self.engines):
+            engine.reset()
+            for _ in range(engine.shape.slots):
+                slot = engine.open(len(row))
+                row[e, slot], turn[e, slot] = len(row), 0
+                engine.say(slot, words[0, row[e, slot]].tolist(), self.said)
+        while any(engine.speaking for engine in self.engines):
+            for engine in self.engines:
+                if engine.speaking and not engine.flying:
+                    engine.dispatch()
+            for e, engine in enumerate(self.engines):
+                for done in engine.collect() if engine.flying else ():
+                    at = e, done.slot
+                    out[turn[at], row[at]] = done.tokens
+                    turn[at] += 1
+                    if turn[at] < self.turns:
+                        engine.say(done.slot, words[turn[at], row[at]].tolist(), self.said)
+                if engine.speaking:
+                    engine.dispatch()  # before the other engines are read: every core stays busy
         return out
 
 
@@ -195,6 +208,7 @@ def main() -> None:
     import transformers
 
     compile_cache.enable()
+    split_cpu()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = Decoder(CONFIG, jax.random.key(0))
