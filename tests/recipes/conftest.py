@@ -1,15 +1,18 @@
 """A run of seconds: the whole recipe at a size where nothing is learned but everything happens."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from jaxconv import launch
 from jaxconv.train import metrics
 from jaxconv.train.workdir import Workdir
 
@@ -74,6 +77,12 @@ def run(workdir: Path, *flags: str, **changed) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
 
 
+def main(command: list[str]) -> int:
+    """The command line in this process, whose devices may be in use already."""
+    with mock.patch.dict(os.environ, {"JAX_NUM_CPU_DEVICES": "1"}):
+        return launch.main(command)
+
+
 def interrupt(action: str, point: str, workdir: Path, **changed) -> subprocess.CompletedProcess:
     """The same, ended at a point of the program; see `interrupted.py`."""
     command = [str(HERE / "interrupted.py"), action, point, *arguments(workdir, **changed)]
@@ -124,6 +133,7 @@ def tiny():
         arguments=arguments,
         start=start,
         run=run,
+        main=main,
         interrupt=interrupt,
         killed=killed,
         outcome=outcome,

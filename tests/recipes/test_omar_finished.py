@@ -6,13 +6,11 @@ import pty
 import select
 import time
 
-from jaxconv import launch
-
 
 def test_the_same_command_prints_the_report_again(tiny, copy, capsys):
     before = (copy / "report.json").read_bytes()
     began = time.monotonic()
-    assert launch.main(tiny.arguments(copy)) == 0
+    assert tiny.main(tiny.arguments(copy)) == 0
     assert time.monotonic() - began < 10
     shown = capsys.readouterr().out
     assert "gain/overall" in shown and "report.md" in shown
@@ -20,7 +18,7 @@ def test_the_same_command_prints_the_report_again(tiny, copy, capsys):
 
 
 def test_another_config_is_refused(tiny, copy, capsys):
-    assert launch.main(tiny.arguments(copy, self_play__games=6)) == 2
+    assert tiny.main(tiny.arguments(copy, self_play__games=6)) == 2
     err = capsys.readouterr().err
     assert "config.self_play.games: 8 -> 6" in err and err.count("\n") == 1
 
@@ -37,13 +35,13 @@ def test_evaluating_again_finds_the_same(tiny, copy):
 
 def test_nothing_to_evaluate_or_to_talk_to_yet(tiny, tmp_path, capsys):
     for flag in ("--eval_only", "--chat"):
-        assert launch.main([*tiny.arguments(tmp_path / "run"), flag]) == 2
+        assert tiny.main([*tiny.arguments(tmp_path / "run"), flag]) == 2
         assert "holds no run yet" in capsys.readouterr().err
 
 
 def test_a_run_without_its_export_is_refused(tiny, copy, capsys):
     (copy / "export" / "value_head.safetensors").unlink()
-    assert launch.main([*tiny.arguments(copy), "--chat"]) == 2
+    assert tiny.main([*tiny.arguments(copy), "--chat"]) == 2
     assert "holds no export; train first" in capsys.readouterr().err
 
 

@@ -6,17 +6,15 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxconv import launch
-
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
-def refused(arguments, capsys) -> str:
+def refused(tiny, arguments, capsys) -> str:
     """The one line of a refusal."""
-    assert launch.main(arguments) == 2
+    assert tiny.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("jaxconv: refused: ") and err.count("\n") == 1, err
     return err
@@ -56,7 +54,7 @@ def refused(arguments, capsys) -> str:
 )
 def test_settings_that_cannot_be(changed, line, tiny, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert line in refused(tiny.arguments(workdir, **changed), capsys)
+    assert line in refused(tiny, tiny.arguments(workdir, **changed), capsys)
     assert not workdir.exists()
 
 
@@ -143,7 +141,7 @@ def template_without_system(folder):
 def test_checkpoints_that_cannot_be_started_from(spoil, checkpoint, tiny, tmp_path, capsys):
     line = spoil(checkpoint)
     workdir = tmp_path / "run"
-    err = refused(tiny.arguments(workdir, model__path=checkpoint), capsys)
+    err = refused(tiny, tiny.arguments(workdir, model__path=checkpoint), capsys)
     assert line in err and (str(checkpoint) in err or "model_type" in err)
     assert not (workdir / "metrics.jsonl").exists() and not (workdir / "export").exists()
 
@@ -158,7 +156,7 @@ def test_a_checkpoint_of_another_shape_in_the_workdir(tiny, copy, capsys):
     path = copy / "artifacts" / "warm_start" / "value_head.safetensors"
     tensors = load_file(path)
     save_file({name: np.concatenate([x, x], axis=-1) for name, x in tensors.items()}, path)
-    err = refused(tiny.arguments(copy), capsys)
+    err = refused(tiny, tiny.arguments(copy), capsys)
     assert str(path) in err and "has shape" in err
     assert not (copy / "report.json").exists()
 
@@ -172,5 +170,5 @@ def test_a_self_play_checkpoint_of_another_shape(tiny, copy, tmp_path, capsys):
     with Checkpoints(copy / "checkpoints" / "self_play") as checkpoints:
         host = {"done": 1, "rollout": None, "notes": [], "alarms": {"entropy": None, "flat": 0}}
         checkpoints.save(1, {"state": {"model": np.zeros(3, np.float32)}}, host)
-    err = refused(tiny.arguments(copy), capsys)
+    err = refused(tiny, tiny.arguments(copy), capsys)
     assert "checkpoints/self_play/1" in err and "expected" in err

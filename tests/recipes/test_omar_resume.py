@@ -48,7 +48,8 @@ def test_stopped_and_killed_runs_end_as_undisturbed_ones(tiny, finished, tmp_pat
     assert json.loads((workdir / "report.json").read_text())["status"] == "stopped"
     with Checkpoints(workdir / "checkpoints" / "self_play") as checkpoints:
         host = checkpoints.host(checkpoints.latest())
-    assert host["done"] == 1 and host["rollout"]["live"] and host["rollout"]["finished"]
+    assert host["done"] == 1
+    assert any(game["played"]["transcript"] for game in host["rollout"]["live"])
     # … a kill between an update and its record …
     tiny.killed("jaxconv.train.ppo:PPO.iterate:2+", workdir)
     # … a disk that is full when the checkpoint is exported …
