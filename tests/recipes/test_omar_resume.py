@@ -151,6 +151,6 @@ def test_an_early_stop_stays_one_after_a_kill(tiny, tmp_path):
     tiny.killed("jaxconv.train.checkpoint:Checkpoints.close:2+", workdir, **alarmed)
     assert tiny.run(workdir, **alarmed).returncode == 0
     found, expected = tiny.outcome(workdir), tiny.outcome(whole)
-    assert "stopped early after iteration 4" in expected["notes"][0]
+    assert "stopped early after iteration 4" in expected["notes"][-1]
     assert found == expected
     shutil.rmtree(whole)
