@@ -1,5 +1,6 @@
 """Data parallelism over the devices of this process: the rows of a batch are shared out."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -16,10 +17,12 @@ def split_cpu() -> None:
     """Makes each core a device of its own, up to eight, where CPUs are all there is.
 
     XLA runs a small model's training step on one core; as data-parallel devices the cores each take
-    a share. Call it before the first computation. `JAX_NUM_CPU_DEVICES` is respected.
+    a share. It must come before the first computation; a process that has computed already keeps the
+    devices that it has. `JAX_NUM_CPU_DEVICES` is respected.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), 8))
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), 8))
 
 
 def data_mesh(rows: int) -> Mesh:
