@@ -17,8 +17,8 @@ def split_cpu() -> None:
     """Makes each core a device of its own, up to eight, where CPUs are all there is.
 
     XLA runs a small model's training step on one core; as data-parallel devices the cores each take
-    a share. It must come before the first computation; a process that has computed already keeps the
-    devices that it has. `JAX_NUM_CPU_DEVICES` is respected.
+    a share. It must come before the first computation; a process that has computed already keeps
+    the devices that it has. `JAX_NUM_CPU_DEVICES` is respected.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         with contextlib.suppress(RuntimeError):
