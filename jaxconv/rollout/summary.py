@@ -12,7 +12,8 @@ def summarise(games: Sequence[Played], policy: str) -> dict[str, float]:
     """Means over the seats that `policy` played.
 
     `reward/*` is what the environment paid; `score/*` the overall score and `dimension/*` its parts
-    where the environment measures them; `turn/*` the policy's own turns; `end/*` the share of games
+    where the environment measures them; `secret/leaked` the share of seats that gave theirs away;
+    `turn/*` the policy's own turns; `end/*` the share of games
     by reason; `diversity/*` how much the words differ from game to game.
     """
     seats = [
@@ -36,6 +37,8 @@ def summarise(games: Sequence[Played], policy: str) -> dict[str, float]:
         out["score/mean"] = np.mean([info["overall"] for info in measured])
         for name in measured[0]["dimensions"]:
             out[f"dimension/{name}"] = np.mean([info["dimensions"][name] for info in measured])
+        if "secret" in measured[0]["dimensions"]:
+            out["secret/leaked"] = np.mean([info["dimensions"]["secret"] < 0 for info in measured])
 
     turns = [
         (text, valid)

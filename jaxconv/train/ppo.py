@@ -187,9 +187,12 @@ class PPO:
 
         rng = np.random.default_rng(list(seed))
         totals: tuple[jax.Array, Metrics] | None = None
+        tokens = cells = 0
         for _ in range(self.sizes.epochs):
             for chosen in np.array_split(rng.permutation(streams), self.sizes.minibatches):
                 batch, count = self._pack(t.tokens, t.turn_ids, per_token, chosen)
+                tokens += sum(len(t.tokens[i]) for i in chosen)
+                cells += int(count) * self.sizes.rows * self.sizes.width
                 state, denominator, merged = self._update(
                     state, batch, count, np.float32(learn_policy)
                 )
@@ -198,6 +201,7 @@ class PPO:
                     if totals is None
                     else (totals[0] + denominator, totals[1].merge(merged))
                 )
+        metrics["minibatch/fill"] = tokens / cells
         denominator, merged = totals
         finished = jax.device_get(finish_metrics(merged, denominator))
         return state, metrics | {name: float(x) for name, x in finished.items()}
