@@ -312,7 +312,11 @@ def test_two_processes_run_as_one_and_only_process_0_writes():
             "--process_count=2",
             f"--process_index={index}",
             "--config.recipe=counting",
-            env={**os.environ, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            env={
+                **os.environ,
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "JAX_NUM_CPU_DEVICES": "1",  # of each process
+            },
         )
         for index in range(2)
     ]
