@@ -3,20 +3,23 @@
     python benchmarks/rollout_vs_transformers.py
 
 Both sides hold the same weights (exported by `save_pretrained`, loaded by `AutoModelForCausalLM`),
-take the same batch and sample at temperature 1 with no end token. Rounds are interleaved, so that
-other work on the machine disturbs both alike; the table shows medians. We run one engine on each
-core; the peer runs with the number of threads that is fastest for it, and does what its API offers:
-static batches, one `generate` a turn with a key-value cache inside the call, and the whole history
-again at every turn. The engine keeps the cache of a conversation between its turns.
+take the same batch and sample at temperature 1 with no end token. Each has a process of its own, so
+that neither's waiting threads slow the other; rounds are interleaved, so that other work on the
+machine disturbs both alike; the table shows medians. We run one engine on each core; the peer runs
+with the number of threads that is fastest for it, and does what its API offers: static batches, one
+`generate` a turn with a key-value cache inside the call, and the whole history again at every turn.
+The engine keeps the cache of a conversation between its turns.
 First both sides decode greedily, and unless 99 % of their tokens agree nothing is measured.
 
 Needs the `parity` extra. Writes `benchmarks/results/rollout_cpu.json`.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -157,45 +160,85 @@ class Peer:
         return out
 
 
-def interleave(runs: dict, words: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of `rounds` calls of each run, one after the other in turn, after one that is not
-    counted."""
-    for name, run in runs.items():
-        run(words[name])
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(words[name])
-            times[name].append(time.perf_counter() - start)
+SIDES = {"ours": Ours, "peer": Peer}
+_model = None  # of this process's side: the weights, or the folder they are in
+_runs: dict[tuple, Ours | Peer] = {}  # of this process's side, by what they were made with
+
+
+def enter_ours() -> None:
+    """Makes this process our side."""
+    global _model
+    compile_cache.enable()
+    split_cpu()
+    _model = Decoder(CONFIG, jax.random.key(0))
+
+
+def enter_peer(folder: str, threads: int) -> None:
+    """Makes this process the peer's side."""
+    global _model
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    _model = folder
+
+
+def play(side: str, said: int, turns: int, temperature: float, seed: int) -> tuple:
+    """(seconds, sampled tokens) of one run on this process's side, made when first asked for."""
+    key = (said, turns, temperature)
+    if key not in _runs:
+        _runs[key] = SIDES[side](_model, said, turns, temperature)
+    words = heard(turns, seed)
+    start = time.perf_counter()
+    tokens = _runs[key](words)
+    return time.perf_counter() - start, tokens
+
+
+def process_of(enter, *arguments) -> concurrent.futures.ProcessPoolExecutor:
+    """A process that waits for work, one run at a time."""
+    return concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=enter, initargs=arguments
+    )
+
+
+def seconds(process, side: str, said: int, turns: int) -> float:
+    return process.submit(play, side, said, turns, 1.0, 0).result()[0]
+
+
+def interleave(processes: dict, cases: dict, rounds: int) -> dict[tuple, list[float]]:
+    """Seconds of each case on each side, `rounds` times in turn, after one that is not counted.
+
+    Args:
+        processes: by side.
+        cases: (name, side) to (tokens said a turn, turns).
+    """
+    times: dict[tuple, list[float]] = {case: [] for case in cases}
+    for counted in [False] + [True] * rounds:
+        for (name, side), (said, turns) in cases.items():
+            took = seconds(processes[side], side, said, turns)
+            if counted:
+                times[name, side].append(took)
     return times
 
 
-def check_agreement(model: Decoder, folder: str) -> float:
+def check_agreement(processes: dict) -> float:
     """Share of greedy tokens on which both sides agree over a conversation of four turns."""
-    words = heard(4, seed=1)
-    ours = Ours(model, SAID, 4, temperature=0.0)(words)
-    peer = Peer(folder, SAID, 4, temperature=0.0)(words)
+    ours, peer = (
+        process.submit(play, side, SAID, 4, 0.0, 1).result()[1]
+        for side, process in processes.items()
+    )
     return float((ours == peer).mean())
 
 
 def best_threads(folder: str) -> int:
     """Threads of torch with which the peer is quickest: one, or all cores."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0))
-    peer, words = Peer(folder, SAID, 2), heard(2)
-    seconds = {}
-    for threads in {1, cores}:
-        torch.set_num_threads(threads)
-        peer(words)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            peer(words)
-            times.append(time.perf_counter() - start)
-        seconds[threads] = min(times)
-    return min(seconds, key=seconds.get)
+    quickest = {}
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+        with process_of(enter_peer, folder, threads) as process:
+            quickest[threads] = min(seconds(process, "peer", SAID, 2) for _ in range(4))
+    return min(quickest, key=quickest.get)
 
 
 def main() -> None:
@@ -207,45 +250,38 @@ def main() -> None:
     import torch
     import transformers
 
-    compile_cache.enable()
-    split_cpu()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = Decoder(CONFIG, jax.random.key(0))
+    cases = {}
+    for name, said, turns, peer in (
+        ("one long turn", LONG, 1, True),
+        *((f"{n} turns", SAID, n, n in PEER_TURNS) for n in TURNS),
+    ):
+        for side in ("ours", "peer") if peer else ("ours",):
+            cases[name, side] = (said, turns)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, None, folder)
-        agreement = check_agreement(model, folder)
-        print(f"greedy tokens on which both sides agree: {agreement:.4f}")
-        if agreement < MIN_AGREEMENT:
-            sys.exit(f"agreement is {agreement:.4f}; it must be at least {MIN_AGREEMENT}")
+        save_pretrained(Decoder(CONFIG, jax.random.key(0)), None, folder)
         threads = best_threads(folder)
-        torch.set_num_threads(threads)
         print(f"threads of torch: {threads}")
-        runs, words = {}, {}
-        for name, said, turns, peer in (
-            ("one long turn", LONG, 1, True),
-            *((f"{n} turns", SAID, n, n in PEER_TURNS) for n in TURNS),
-        ):
-            runs[f"{name} ours"] = Ours(model, said, turns)
-            if peer:
-                runs[f"{name} peer"] = Peer(folder, said, turns)
-            for side in ("ours", "peer"):
-                words[f"{name} {side}"] = heard(turns)
-        times = interleave(runs, words, arguments.rounds)
+        with process_of(enter_ours) as ours, process_of(enter_peer, folder, threads) as peer:
+            processes = {"ours": ours, "peer": peer}
+            agreement = check_agreement(processes)
+            print(f"greedy tokens on which both sides agree: {agreement:.4f}")
+            if agreement < MIN_AGREEMENT:
+                sys.exit(f"agreement is {agreement:.4f}; it must be at least {MIN_AGREEMENT}")
+            times = interleave(processes, cases, arguments.rounds)
 
     def row(name: str, said: int, turns: int) -> dict:
         out = {"name": name, "turns": turns, "new_tokens": BATCH * said * turns}
         for side in ("ours", "peer"):
-            if f"{name} {side}" in times:
-                seconds = statistics.median(times[f"{name} {side}"])
+            if (name, side) in times:
+                median = statistics.median(times[name, side])
                 out[side] = {
-                    "seconds": seconds,
-                    "tokens_per_s": out["new_tokens"] / seconds,
-                    "ms_per_turn": 1e3 * seconds / turns,
-                    "all_seconds": times[f"{name} {side}"],
+                    "seconds": median,
+                    "tokens_per_s": out["new_tokens"] / median,
+                    "ms_per_turn": 1e3 * median / turns,
+                    "all_seconds": times[name, side],
                 }
         if "peer" in out:
-            pairs = zip(times[f"{name} ours"], times[f"{name} peer"], strict=True)
+            pairs = zip(times[name, "ours"], times[name, "peer"], strict=True)
             out["ratio"] = statistics.median(theirs / own for own, theirs in pairs)
         return out
 
