@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from relay_world import Relay, scripted_episode
 
 from jaxconv.data.template import take_apart
@@ -44,7 +45,7 @@ from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.train import atomic, compile_cache
 from jaxconv.train.actor_critic import evaluate_tokens
 from jaxconv.train.mesh import data_mesh, replicate, share_rows
-from jaxconv.train.optimizer import make_optimizer
+from jaxconv.train.optimizer import make_optimizer, make_schedule
 from jaxconv.train.ppo import PPO, Credit, Minibatching
 from jaxconv.train.state import TrainState
 from jaxconv.train.update import make_update
@@ -141,13 +142,7 @@ class Bench:
             concurrent=s.slots,
         )
         self._optimizer = make_optimizer(
-            learning_rate=s.learning_rate,
-            schedule="constant",
-            steps=s.iterations * s.epochs * s.minibatches,
-            warmup=0,
-            b2=0.99,
-            weight_decay=0.0,
-            clip_norm=0.5,
+            optax.constant_schedule(s.learning_rate), b2=0.99, weight_decay=0.0, clip_norm=0.5
         )
         self._ppo = PPO(
             self._optimizer,
@@ -192,10 +187,7 @@ class Bench:
         ]
         decoder = jax.jit(Decoder, static_argnums=0)(self.decoder, jax.random.key(seed))
         optimizer = make_optimizer(
-            learning_rate=s.warm_start_rate,
-            schedule="cosine",
-            steps=s.warm_start_steps,
-            warmup=20,
+            make_schedule(s.warm_start_rate, kind="cosine", steps=s.warm_start_steps, warmup=20),
             b2=0.95,
             weight_decay=0.01,
             clip_norm=1.0,

@@ -73,8 +73,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.self_play = ConfigDict()
     config.self_play.iterations = 24
     config.self_play.games = 256  # an iteration
-    config.self_play.script_share = 0.25  # of the games, against a script in one seat
+    config.self_play.script_share = 0.25  # of the games: one seat learns, scripts play the others
     config.self_play.learning_rate = 5e-4
+    config.self_play.schedule = "constant"  # or "cosine", to a tenth
     config.self_play.warmup = 0
     config.self_play.b2 = 0.99
     config.self_play.weight_decay = 0.0
@@ -142,9 +143,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         config.env.players = (2, 3)
         config.rollout.lengths = (192, 320, 448)  # three players hear more
         config.warm_start.width = config.minibatching.width = 448
-        config.warm_start.steps = 1200
+        config.warm_start.steps = 2000
         config.warm_start.rows = config.minibatching.rows = 4
-        config.self_play.iterations = 80
+        config.self_play.iterations = 110
+        config.self_play.script_share = 0.5
+        config.self_play.learning_rate = 7e-4
+        config.self_play.schedule = "cosine"
+        config.loss.kl_coef = 0.01
         config.arena.script_games = 96
         config.arena.league = True
     elif preset == "bargaining_qwen2.5_7b":

@@ -11,25 +11,25 @@
 
 import dataclasses
 import json
-import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 import jax
 import numpy as np
+import optax
 
 from jaxconv import envs
 from jaxconv.data.template import take_apart
+from jaxconv.data.trajectories import Trajectories
 from jaxconv.errors import Failed, Refused, Stopped
 from jaxconv.evals import arena, cross_play, self_play_report
 from jaxconv.evals.report import Report
 from jaxconv.models.heads import ActorCritic
 from jaxconv.rollout import settings
-from jaxconv.rollout.engine import Engine
 from jaxconv.rollout.quality import QualityRules, review
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
-from jaxconv.rollout.summary import summarise
+from jaxconv.rollout.summary import speeds, summarise
 from jaxconv.rollout.terminal import TerminalPlayer, printable
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.rollout.world import (
@@ -40,10 +40,11 @@ from jaxconv.rollout.world import (
     set_weights,
 )
 from jaxconv.train import atomic, compile_cache, interrupt, warm_start
+from jaxconv.train.alarms import Alarms
 from jaxconv.train.checkpoint import Checkpoints
 from jaxconv.train.mesh import replicate
 from jaxconv.train.metrics import MetricsWriter
-from jaxconv.train.optimizer import make_optimizer
+from jaxconv.train.optimizer import make_optimizer, make_schedule
 from jaxconv.train.ppo import PPO
 from jaxconv.train.profiling import Profiler, parse_steps
 from jaxconv.train.progress import Progress
@@ -60,6 +61,7 @@ from jaxconv.train.state import TrainState
 from jaxconv.train.workdir import Workdir
 
 LEARNER, TRAINED, FROZEN, SHARP = "learner", "trained", "frozen", "frozen-sharp"
+HEADLINE = ("reward", "score")
 
 WARM_START_SEEDS, HELD_OUT_SEEDS, SELF_PLAY_SEEDS, ARENA_SEEDS = (i << 28 for i in range(4))
 ARENA_GAMES = 1 << 27  # first game id of the arena; self-play counts from 0
@@ -112,10 +114,7 @@ def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenize
         start = warm_start.fit(
             start,
             make_optimizer(
-                learning_rate=w.learning_rate,
-                schedule="cosine",
-                steps=w.steps,
-                warmup=w.warmup,
+                make_schedule(w.learning_rate, kind="cosine", steps=w.steps, warmup=w.warmup),
                 b2=w.b2,
                 weight_decay=w.weight_decay,
                 clip_norm=w.clip_norm,
@@ -192,26 +191,41 @@ def scripted_words(config) -> Iterator[str]:
 
 
 @dataclasses.dataclass
-class Alarms:
-    """Early stop: the two ways in which self-play collapses announce themselves here first."""
+class Standing:
+    """Where self-play stands: what a checkpoint keeps of it."""
 
-    entropy: float | None = None  # of the first iteration
-    flat: int = 0  # iterations in a row with hardly any spread of rewards
+    state: TrainState
+    done: int = 0  # iterations
+    alarms: Alarms = dataclasses.field(default_factory=Alarms)
+    notes: list[str] = dataclasses.field(default_factory=list)  # why it stopped early
+    rollout: tuple[list[dict], dict] | None = None  # games that were under way
 
-    def sound(self, metrics: dict[str, float], limits) -> str | None:
-        """Why to stop, or None."""
-        now = metrics["policy/entropy"]
-        self.entropy = now if self.entropy is None else self.entropy
-        self.flat = self.flat + 1 if metrics["reward/std"] < limits.reward_std_low else 0
-        if now > limits.entropy_high * self.entropy:
-            return f"entropy rose from {self.entropy:.3g} to {now:.3g} nats a token"
-        if now < limits.entropy_low * self.entropy:
-            return f"entropy fell from {self.entropy:.3g} to {now:.3g} nats a token"
-        if metrics["game/truncated"] > limits.truncated_high:
-            return f"{metrics['game/truncated']:.1%} of the games outgrew the cache"
-        if self.flat >= 3:
-            return f"the spread of rewards fell to {metrics['reward/std']:.3g}"
-        return None
+    @classmethod
+    def latest(cls, checkpoints: Checkpoints, state: TrainState, table: SelfPlay) -> "Standing":
+        """As it was last saved, or at the beginning with `state`."""
+        saved = checkpoints.latest()
+        if saved is None:
+            return cls(state)
+        host = checkpoints.host(saved)
+        like = {"state": state}
+        if host["rollout"] is not None:
+            like["rollout"] = table.like(host["rollout"])
+        arrays, _ = checkpoints.restore(saved, like)
+        rollout = (arrays["rollout"], host["rollout"]) if "rollout" in arrays else None
+        return cls(arrays["state"], host["done"], Alarms(**host["alarms"]), host["notes"], rollout)
+
+    def save(self, checkpoints: Checkpoints, table: SelfPlay | None = None) -> None:
+        """Saves it, with the games under way at `table` if one is given."""
+        arrays: dict = {"state": self.state}
+        host = {
+            "done": self.done,
+            "alarms": dataclasses.asdict(self.alarms),
+            "notes": self.notes,
+            "rollout": None,
+        }
+        if table is not None:
+            arrays["rollout"], host["rollout"] = table.snapshot()
+        checkpoints.save((checkpoints.latest() or 0) + 1, arrays, host)
 
 
 def self_play(
@@ -219,20 +233,67 @@ def self_play(
 ) -> tuple[ActorCritic, list[str]]:
     """PPO on the model's conversations with itself. Returns the model and notes for the report."""
     s = config.self_play
+    ppo, optimizer, rate = learner(config)
+    frozen = replicate(frozen, ppo.mesh)
+    engines = world.engines(frozen)
+    table = world.table({LEARNER: engines})
+    start = TrainState.create(jax.tree.map(lambda x: x.copy(), frozen), optimizer)
+
+    with Checkpoints(workdir.checkpoints / "self_play", keep=config.checkpoint.keep) as checkpoints:
+        at = Standing.latest(checkpoints, start, table)
+        with (
+            MetricsWriter(workdir, "self_play", resume_at=at.done) as writer,
+            Progress(workdir, "self_play", s.iterations, start=at.done) as progress,
+        ):
+            profiler = Profiler(workdir, "self_play", parse_steps(config.profile.steps))
+            while at.done < s.iterations and not at.notes:
+                with profiler.step(at.done + 1):
+                    clock = [time.monotonic()]
+                    set_weights(engines, at.state.model)
+                    jax.block_until_ready([engine.weights for engine in engines])
+                    clock.append(time.monotonic())
+                    played = converse(config, table, at, checkpoints)
+                    clock.append(time.monotonic())
+                    trajectories, metrics = appraise(config, world, played)
+                    at.state, learned = ppo.iterate(
+                        at.state,
+                        trajectories,
+                        reference=frozen,
+                        learn_policy=at.done >= s.critic_warmup,
+                        seed=(config.seed, at.done),
+                    )
+                    clock.append(time.monotonic())
+                metrics |= learned | speeds(engines, len(played), trajectories.lengths, clock)
+                metrics["policy/learning_rate"] = rate(at.done)
+                if not np.isfinite(metrics["loss"]):
+                    raise Failed(
+                        f"the loss of self-play iteration {at.done + 1} is {metrics['loss']}; "
+                        f"config.self_play.learning_rate={s.learning_rate} may be too high"
+                    )
+                at.done += 1
+                writer.write(at.done, metrics)
+                # Games that are cut have no score.
+                shown = {n: metrics[f"{n}/mean"] for n in HEADLINE if f"{n}/mean" in metrics}
+                progress.update(at.done, shown, tokens=sum(trajectories.lengths))
+                if at.done > s.critic_warmup and (why := at.alarms.sound(metrics, config.alarm)):
+                    at.notes.append(f"Self-play stopped early after iteration {at.done}: {why}.")
+                if at.done % config.checkpoint.every == 0 or at.done == s.iterations or at.notes:
+                    at.save(checkpoints)
+                stop_if_asked(config, at, checkpoints)
+    return at.state.model, at.notes
+
+
+def learner(config) -> tuple[PPO, optax.GradientTransformation, Callable[[int], float]]:
+    """The PPO update, its optimizer, and the learning rate after so many iterations."""
+    s = config.self_play
     coefficients, credit, minibatching = settings.ppo_parts(config)
-    updates = s.iterations * minibatching.epochs * minibatching.minibatches
-    optimizer = make_optimizer(
-        learning_rate=s.learning_rate,
-        schedule="constant",
-        steps=updates,
-        warmup=s.warmup,
-        b2=s.b2,
-        weight_decay=s.weight_decay,
-        clip_norm=s.clip_norm,
+    updates = minibatching.epochs * minibatching.minibatches
+    schedule = make_schedule(
+        s.learning_rate, kind=s.schedule, steps=s.iterations * updates, warmup=s.warmup
     )
-    env = envs.make(config.env.name, **env_options(config))
-    env.reset(0)
-    teams = sorted(set(env.teams.values()))
+    optimizer = make_optimizer(
+        schedule, b2=s.b2, weight_decay=s.weight_decay, clip_norm=s.clip_norm
+    )
     ppo = PPO(
         optimizer,
         coefficients=coefficients,
@@ -240,122 +301,73 @@ def self_play(
         minibatching=minibatching,
         temperature=config.rollout.temperature,
         value_gradient=s.value_gradient,
-        teams=len(teams),
+        teams=len(teams(config)),
     )
-    frozen = replicate(frozen, ppo.mesh)
-    state = TrainState.create(jax.tree.map(lambda x: x.copy(), frozen), optimizer)
-    engines = world.engines(state.model)
-    table = world.table({LEARNER: engines})
-    alarms, done, in_flight = Alarms(), 0, None
-    notes: list[str] = []  # why self-play stopped early
+    return ppo, optimizer, lambda done: float(schedule(done * updates))
 
-    with Checkpoints(workdir.checkpoints / "self_play", keep=config.checkpoint.keep) as checkpoints:
-        saved = checkpoints.latest()
-        if saved is not None:
-            host = checkpoints.host(saved)
-            like = {"state": state}
-            if host["rollout"] is not None:
-                like["rollout"] = table.like(host["rollout"])
-            arrays, _ = checkpoints.restore(saved, like)
-            state, done, alarms = arrays["state"], host["done"], Alarms(**host["alarms"])
-            notes = host["notes"]
-            if host["rollout"] is not None:
-                in_flight = (arrays["rollout"], host["rollout"])
 
-        def save_checkpoint(rollout: bool = False) -> None:
-            arrays = {"state": state}
-            host = {"done": done, "notes": notes, "rollout": None}
-            if rollout:
-                arrays["rollout"], host["rollout"] = table.snapshot()
-            number = (checkpoints.latest() or 0) + 1
-            checkpoints.save(number, arrays, host | {"alarms": dataclasses.asdict(alarms)})
+def converse(config, table: SelfPlay, at: Standing, checkpoints: Checkpoints) -> list[Played]:
+    """Plays the games of an iteration, those of a checkpoint from where they were."""
+    games = schedule(config, at.done)
+    if at.rollout is None:
+        table.start(games)
+    else:
+        table.restore(*at.rollout)
+        at.rollout = None
+    last_save = time.monotonic()
+    while table.advance():
+        stop_if_asked(config, at, checkpoints, table)
+        if time.monotonic() - last_save > config.checkpoint.rollout_seconds:
+            at.save(checkpoints, table)
+            last_save = time.monotonic()
+    return table.results(games)
 
-        def stop_if_asked(rollout: bool) -> None:
-            if interrupt.requested():
-                save_checkpoint(rollout)
-                checkpoints.wait()
-                raise Stopped(f"self-play stopped in iteration {done + 1} of {s.iterations}")
 
-        with (
-            MetricsWriter(workdir, "self_play", resume_at=done) as writer,
-            Progress(workdir, "self_play", s.iterations, start=done) as progress,
-        ):
-            profiler = Profiler(workdir, "self_play", parse_steps(config.profile.steps))
-            while done < s.iterations and not notes:
-                with profiler.step(done + 1):
-                    clock = [time.monotonic()]
-                    set_weights(engines, state.model)
-                    jax.block_until_ready([engine.weights for engine in engines])
-                    clock.append(time.monotonic())
+def stop_if_asked(
+    config, at: Standing, checkpoints: Checkpoints, table: SelfPlay | None = None
+) -> None:
+    """Saves and raises Stopped after a signal."""
+    if interrupt.requested():
+        at.save(checkpoints, table)
+        checkpoints.wait()
+        iterations = config.self_play.iterations
+        raise Stopped(f"self-play stopped in iteration {at.done + 1} of {iterations}")
 
-                    games = schedule(config, done)
-                    if in_flight is None:
-                        table.start(games)
-                    else:
-                        table.restore(*in_flight)
-                        in_flight = None
-                    last_save = time.monotonic()
-                    while table.advance():
-                        stop_if_asked(rollout=True)
-                        if time.monotonic() - last_save > config.checkpoint.rollout_seconds:
-                            save_checkpoint(rollout=True)
-                            last_save = time.monotonic()
-                    played = table.results(games)
-                    clock.append(time.monotonic())
 
-                    verdicts, flagged = review(
-                        played, world.template.end, QualityRules(**config.quality)
-                    )
-                    metrics = summarise(played, LEARNER)
-                    metrics |= {f"quality/{k}": v for k, v in flagged.items()}
-                    punish(played, verdicts, s.invalid_penalty)
-                    trajectories = to_trajectories(
-                        played, verdicts, teams, pad_streams=64, pad_tokens=64, pad_turns=8
-                    )
-                    state, learned = ppo.iterate(
-                        state,
-                        trajectories,
-                        reference=frozen,
-                        learn_policy=done >= s.critic_warmup,
-                        seed=(config.seed, done),
-                    )
-                    clock.append(time.monotonic())
-                metrics |= learned | timing(engines, len(games), trajectories.lengths, clock)
-                if not np.isfinite(metrics["loss"]):
-                    raise Failed(
-                        f"the loss of self-play iteration {done + 1} is {metrics['loss']}; "
-                        f"config.self_play.learning_rate={s.learning_rate} may be too high"
-                    )
-                done += 1
-                writer.write(done, metrics)
-                progress.update(
-                    done,
-                    {
-                        name: metrics[f"{name}/mean"]
-                        for name in ("reward", "score")
-                        if f"{name}/mean" in metrics  # games that are cut have no score
-                    },
-                    tokens=sum(trajectories.lengths),
-                )
-                if done > s.critic_warmup and (why := alarms.sound(metrics, config.alarm)):
-                    notes.append(f"Self-play stopped early after iteration {done}: {why}.")
-                if done % config.checkpoint.every == 0 or done == s.iterations or notes:
-                    save_checkpoint()
-                stop_if_asked(rollout=False)
-    return state.model, notes
+def appraise(
+    config, world: World, played: Sequence[Played]
+) -> tuple[Trajectories, dict[str, float]]:
+    """What conversations teach, and what they were like as numbers."""
+    verdicts, flagged = review(played, world.template.end, QualityRules(**config.quality))
+    metrics = summarise(played, LEARNER)
+    metrics |= {f"quality/{name}": share for name, share in flagged.items()}
+    punish(played, verdicts, config.self_play.invalid_penalty)
+    trajectories = to_trajectories(
+        played, verdicts, teams(config), pad_streams=64, pad_tokens=64, pad_turns=8
+    )
+    return trajectories, metrics
+
+
+def teams(config) -> list[str]:
+    """Names of the environment's teams: advantages are whitened within each."""
+    env = envs.make(config.env.name, **env_options(config))
+    env.reset(0)
+    return sorted(set(env.teams.values()))
 
 
 def schedule(config, iteration: int) -> list[Game]:
-    """The games of one iteration: self-play, and a share with a script in one seat."""
+    """The games of one iteration: self-play, and a share in which all seats but one are scripts."""
     training, _ = envs.temperaments(config.env.name)
+    players = max(config.env.players)  # a smaller game takes the first seats of a cast
     games = []
     for i in range(config.self_play.games):
         game = iteration * config.self_play.games + i
         seed = config.seed * SEEDS_OF_A_RUN + SELF_PLAY_SEEDS + game
         rng = Random(f"cast {seed}")  # the environment draws its episode from the seed itself
-        cast = [LEARNER] * max(config.env.players)
+        cast = [LEARNER] * players
         if rng.random() < config.self_play.script_share:
-            cast[rng.randrange(min(config.env.players))] = rng.choice(training)
+            own = rng.randrange(min(config.env.players))
+            cast = [LEARNER if k == own else rng.choice(training) for k in range(players)]
         games.append(Game(game, seed, tuple(cast)))
     return games
 
@@ -370,25 +382,6 @@ def punish(games: Sequence[Played], verdicts, penalty: float) -> None:
             for turn, keep in enumerate(kept[seat]):
                 if keep and not game.valid[seat][turn]:
                     rewards[turn] -= penalty
-
-
-def timing(
-    engines: Sequence[Engine], games: int, lengths: Sequence[int], clock: list[float]
-) -> dict[str, float]:
-    """Seconds by phase, rates, the share of slot-steps that sampled a token, and memory."""
-    sync, rollout, train = np.diff(clock)
-    sampled = sum(engine.sampled for engine in engines)
-    steps = sum(engine.steps for engine in engines)
-    return {
-        "time/sync_s": sync,
-        "time/rollout_s": rollout,
-        "time/train_s": train,
-        "speed/games_per_s": games / rollout,
-        "speed/sampled_tokens_per_s": sampled / rollout,
-        "speed/trained_tokens_per_s": sum(lengths) / train,
-        "speed/slot_occupancy": sampled / max(steps, 1),
-        "memory/host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
 
 
 # ---------------------------------------------------------------- 4. arena

@@ -7,6 +7,7 @@ from jaxconv.objectives.ppo import PPOCoefficients
 from jaxconv.rollout.quality import QualityRules
 from jaxconv.rollout.world import engine_shape, env_options
 from jaxconv.train.config import config_value
+from jaxconv.train.optimizer import SCHEDULES
 from jaxconv.train.ppo import Credit, Minibatching
 from jaxconv.train.profiling import parse_steps
 
@@ -94,6 +95,11 @@ def check(config) -> None:
         )
     if config.rollout.slots * config.rollout.engines < 2:
         raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
+    if config.self_play.schedule not in SCHEDULES:
+        raise Refused(
+            f"config.self_play.schedule={config.self_play.schedule!r}; "
+            f"it may be {' or '.join(SCHEDULES)}"
+        )
     envs.make(config.env.name, **env_options(config))
     ppo_parts(config)
     QualityRules(**config.quality)

@@ -1,10 +1,12 @@
 """What a batch of finished conversations looks like, as numbers to log."""
 
+import resource
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxconv.rollout.engine import Engine
 from jaxconv.rollout.selfplay import Played
 
 
@@ -67,3 +69,34 @@ def _distinct(texts: Sequence[str], n: int) -> float:
         for i in range(len(words) - n + 1)
     )
     return len(grams) / max(sum(grams.values()), 1)
+
+
+def speeds(
+    engines: Sequence[Engine], games: int, lengths: Sequence[int], clock: Sequence[float]
+) -> dict[str, float]:
+    """Seconds by phase, rates, the share of slot-steps that sampled a token, and memory.
+
+    Args:
+        engines: that the games were played on.
+        games: how many.
+        lengths: tokens of each stream that was trained on.
+        clock: seconds at the start and after each phase: weights, rollout, training.
+    """
+    sync, rollout, train = np.diff(clock)
+    sampled = sum(engine.sampled for engine in engines)
+    steps = sum(engine.steps for engine in engines)
+    out = {
+        "time/sync_s": sync,
+        "time/rollout_s": rollout,
+        "time/train_s": train,
+        "speed/games_per_s": games / rollout,
+        "speed/sampled_tokens_per_s": sampled / rollout,
+        "speed/trained_tokens_per_s": sum(lengths) / train,
+        "speed/slot_occupancy": sampled / max(steps, 1),
+        "memory/host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    # A CPU keeps no account of its own.
+    peaks = [(engine.device.memory_stats() or {}).get("peak_bytes_in_use") for engine in engines]
+    if all(peaks):
+        out["memory/device_peak_mib"] = max(peaks) / 2**20
+    return out

@@ -13,6 +13,7 @@ from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic, ValueHead
 from jaxconv.recipes import omar
+from jaxconv.train.alarms import Alarms
 from jaxconv.train.config import load, override
 
 LIMITS = types.SimpleNamespace(
@@ -31,7 +32,7 @@ def config():
 
 
 def test_alarms_compare_the_entropy_with_the_first_one():
-    alarms = omar.Alarms()
+    alarms = Alarms()
     assert sound(alarms, 0.3) is None
     assert sound(alarms, 0.59) is None and sound(alarms, 0.16) is None
     assert sound(alarms, 0.61) == "entropy rose from 0.3 to 0.61 nats a token"
@@ -39,17 +40,17 @@ def test_alarms_compare_the_entropy_with_the_first_one():
 
 
 def test_games_that_outgrow_the_cache_sound_the_alarm():
-    alarms = omar.Alarms()
+    alarms = Alarms()
     assert sound(alarms, cut=0.2) is None
     assert sound(alarms, cut=0.25) == "25.0% of the games outgrew the cache"
 
 
 def test_flat_rewards_sound_the_alarm_the_third_time_in_a_row():
-    alarms = omar.Alarms()
+    alarms = Alarms()
     found = [sound(alarms, std=std) for std in (0.01, 0.01, 0.5, 0.01, 0.01)]
     assert found == [None] * 5
     # What is saved and read back goes on counting.
-    again = omar.Alarms(**dataclasses.asdict(alarms))
+    again = Alarms(**dataclasses.asdict(alarms))
     assert sound(again, std=0.02) == "the spread of rewards fell to 0.02"
 
 

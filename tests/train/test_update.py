@@ -113,13 +113,7 @@ def test_scaled_gradients_move_what_is_left(problem):
 
 def test_weight_decay_touches_matrices_alone():
     optimizer = make_optimizer(
-        learning_rate=0.1,
-        schedule="constant",
-        steps=10,
-        warmup=0,
-        b2=0.99,
-        weight_decay=0.5,
-        clip_norm=1.0,
+        optax.constant_schedule(0.1), b2=0.99, weight_decay=0.5, clip_norm=1.0
     )
     model = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(3)}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, model), optimizer.init(model), model)
