@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from absl import flags, logging
 
 from jaxconv.errors import Failed, Refused, Stopped
+from jaxconv.train import attempts, interrupt
 from jaxconv.train import config as configs
-from jaxconv.train import interrupt
 from jaxconv.train.atomic import is_disk_full
 from jaxconv.train.workdir import Workdir, config_sha, remove
 
@@ -268,19 +268,19 @@ def _finished(workdir: Workdir) -> int | None:
 def _train(recipe: Any, config: Any, workdir: Workdir) -> int:
     from jaxconv.evals.report import Report
 
-    began = time.monotonic()
+    attempts.begin(workdir)
     try:
         report = recipe.run(config, workdir)
     except Stopped as error:
-        _write_report(Report(status="stopped", notes=[str(error)]), workdir, began)
+        _write_report(Report(status="stopped", notes=[str(error)]), workdir)
         raise
     except Refused:
         raise
     except Exception as error:
         if not is_disk_full(error):
-            _write_report(Report(status="failed", notes=[_last_line(error)]), workdir, began)
+            _write_report(Report(status="failed", notes=[_last_line(error)]), workdir)
         raise
-    return _show(_write_report(report, workdir, began), workdir)
+    return _show(_write_report(report, workdir), workdir)
 
 
 def _offered(recipe: Any, name: str, config: Any, workdir: Workdir) -> Any:
@@ -300,7 +300,8 @@ def _evaluate(function: Any, config: Any, workdir: Workdir) -> int:
     report = function(config, workdir)
     changed = configs.differences(workdir.read_identity()["config"], configs.resolved(config))
     report.notes += [f"differs from the training: {difference}" for difference in changed]
-    return _show(_write_report(report, workdir, began, name="evaluation"), workdir, "evaluation")
+    report.cost["wall_s"] = round(time.monotonic() - began, 3)
+    return _show(_write_report(report, workdir, name="evaluation"), workdir, "evaluation")
 
 
 def _chat(function: Any, config: Any, workdir: Workdir) -> int:
@@ -312,14 +313,12 @@ def _chat(function: Any, config: Any, workdir: Workdir) -> int:
     return DONE
 
 
-def _write_report(
-    report: "Report", workdir: Workdir, began: float, *, name: str = "report"
-) -> dict[str, Any]:
-    """Adds what only the launcher knows: wall time and compile time of this process."""
+def _write_report(report: "Report", workdir: Workdir, *, name: str = "report") -> dict[str, Any]:
+    """Adds what only the launcher knows: wall time of the run, compile time of this process."""
     from jaxconv.evals.report import Quantity
     from jaxconv.train import compile_cache
 
-    report.cost.setdefault("wall_s", round(time.monotonic() - began, 3))
+    report.cost.setdefault("wall_s", round(attempts.wall_seconds(workdir), 3))
     units = {"compile_s": "s", "lower_s": "s"}
     for part, value in asdict(compile_cache.stats()).items():
         report.compile.setdefault(part, Quantity(round(value, 3), units.get(part, "programs")))

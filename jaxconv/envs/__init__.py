@@ -8,11 +8,14 @@ from types import ModuleType
 from jaxconv.envs.base import Env, Player, Step, check_actions
 from jaxconv.envs.dimensions import DIMENSIONS, normalised, overall
 from jaxconv.envs.episode import Episode, play
+from jaxconv.envs.profiles import AgentProfile, EnvironmentProfile
 from jaxconv.errors import Refused
 
 __all__ = [
     "DIMENSIONS",
+    "AgentProfile",
     "Env",
+    "EnvironmentProfile",
     "Episode",
     "Player",
     "Step",
@@ -22,6 +25,7 @@ __all__ = [
     "overall",
     "play",
     "players",
+    "profiles",
     "scripted_corpus",
     "temperaments",
 ]
@@ -55,6 +59,11 @@ def temperaments(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def players(name: str, env: Env, temperament: str, agent: str, seed: int) -> Player:
     """A script of this temperament for one agent of `env`, which must have been reset."""
     return _world(name).scripted_player(env, temperament, agent, seed)
+
+
+def profiles(name: str, env: Env) -> tuple[EnvironmentProfile, tuple[AgentProfile, ...]]:
+    """What the episode of `env` is about and who is in it, secrets included; after a reset."""
+    return _world(name).profiles(env)
 
 
 def scripted_corpus(

@@ -6,7 +6,6 @@ from typing import Any
 from jaxconv.evals.report import Quantity, Report, escape, learning_curves, side_by_side
 from jaxconv.rollout.selfplay import Played
 from jaxconv.train import atomic, metrics
-from jaxconv.train.compile_cache import CompileStats
 from jaxconv.train.workdir import Workdir
 
 
@@ -82,15 +81,6 @@ def _outcome(game: Played) -> str:
         if "overall" in info
     )
     return f"{game.infos[0].get('end', 'cut')}; score {scores}"
-
-
-def add_cost(report: Report, wall_s: float, compiled: CompileStats) -> None:
-    """Seconds of this process, and of compiling among them."""
-    report.cost["wall_s"] = wall_s
-    report.compile["compile_s"] = Quantity(compiled.compile_s, "s")
-    report.compile["lower_s"] = Quantity(compiled.lower_s, "s")
-    report.compile["cache_hits"] = Quantity(compiled.cache_hits, "programs")
-    report.compile["cache_misses"] = Quantity(compiled.cache_misses, "programs")
 
 
 def write_model_card(workdir: Workdir, config, report: Report) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from random import Random
 
 import jax
@@ -23,7 +24,7 @@ from jaxconv import envs
 from jaxconv.data.template import take_apart
 from jaxconv.data.trajectories import Trajectories
 from jaxconv.errors import Failed, Refused, Stopped
-from jaxconv.evals import arena, cross_play, self_play_report
+from jaxconv.evals import arena, cross_play, episodes, self_play_report
 from jaxconv.evals.report import Report
 from jaxconv.models.heads import ActorCritic
 from jaxconv.rollout import settings
@@ -35,11 +36,11 @@ from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.rollout.world import (
     SEEDS_OF_A_RUN,
     World,
-    env_options,
+    make_env,
     scripted_episodes,
     set_weights,
 )
-from jaxconv.train import atomic, compile_cache, interrupt, warm_start
+from jaxconv.train import atomic, interrupt, warm_start
 from jaxconv.train.alarms import Alarms
 from jaxconv.train.checkpoint import Checkpoints
 from jaxconv.train.mesh import replicate
@@ -74,8 +75,6 @@ def check(config) -> None:
 
 def run(config, workdir: Workdir) -> Report:
     """Trains, evaluates, exports and reports; a stage whose output is there is skipped."""
-    began = time.monotonic()
-    compiled = compile_cache.stats()
     if jax.process_count() > 1:
         raise Refused(f"OMAR runs as one process; {jax.process_count()} were started")
     start, tokenizer = starting_model(
@@ -87,16 +86,17 @@ def run(config, workdir: Workdir) -> Report:
     trained, early = self_play(config, workdir, world, frozen)
     trained = as_stored(trained)  # what is exported is what is evaluated
     export(config, workdir, trained, tokenizer)
-    report = compete(config, workdir, world, trained, frozen)
+    report, talks = compete(config, workdir, world, trained, frozen)
+    episodes.write(workdir, config.env.name, partial(make_env, config), talks)
     say_the_same(config, workdir, world, trained)
     report.notes += notes + early
     report.artifacts |= {
         "export": "export",
+        "episodes": f"artifacts/{episodes.FILE}",
         "warm_start": "artifacts/warm_start",
         "metrics": "metrics.jsonl",
     }
     self_play_report.add_training(report, workdir)
-    self_play_report.add_cost(report, time.monotonic() - began, compile_cache.stats() - compiled)
     self_play_report.write_model_card(workdir, config, report)
     return report
 
@@ -350,7 +350,7 @@ def appraise(
 
 def teams(config) -> list[str]:
     """Names of the environment's teams: advantages are whitened within each."""
-    env = envs.make(config.env.name, **env_options(config))
+    env = make_env(config)
     env.reset(0)
     return sorted(set(env.teams.values()))
 
@@ -389,8 +389,11 @@ def punish(games: Sequence[Played], verdicts, penalty: float) -> None:
 
 def compete(
     config, workdir: Workdir, world: World, trained: ActorCritic, frozen: ActorCritic
-) -> Report:
-    """Plays the study of `cross_play` and reports it."""
+) -> tuple[Report, list[Played]]:
+    """Plays the study of `cross_play` and reports it.
+
+    Returns also the talks of the frozen and of the trained model with itself.
+    """
     training, held_out = envs.temperaments(config.env.name)
     study = cross_play.Study(
         trained=TRAINED,
@@ -425,14 +428,12 @@ def compete(
             on_progress=on_progress,
         )
     report = cross_play.evaluate(study, results)
-    self_play_report.add_transcripts(
-        report,
-        *(
-            results[arena.Pairing((name,) * study.players[0], study.games)]
-            for name in (FROZEN, TRAINED)
-        ),
-    )
-    return report
+    same = [
+        results[arena.Pairing((name,) * study.players[0], study.games)]
+        for name in (FROZEN, TRAINED)
+    ]
+    self_play_report.add_transcripts(report, *same)
+    return report, [*same[0], *same[1]]
 
 
 # ---------------------------------------------------------------- 5. export
@@ -461,15 +462,15 @@ def say_the_same(config, workdir: Workdir, world: World, trained: ActorCritic) -
 def evaluate(config, workdir: Workdir) -> Report:
     """`--eval_only`: the arena again, with the exported checkpoint."""
     world, trained = exported(config, workdir)
-    return compete(config, workdir, world, trained, load(workdir.artifacts / "warm_start", config))
+    frozen = load(workdir.artifacts / "warm_start", config)
+    return compete(config, workdir, world, trained, frozen)[0]
 
 
 def chat(config, workdir: Workdir) -> None:
     """`--chat`: a person takes the first seat against the exported checkpoint."""
     world, trained = exported(config, workdir)
-    options = env_options(config)
     table = SelfPlay(
-        lambda: envs.make(config.env.name, **options),
+        partial(make_env, config),
         lambda name, env, agent, seed: TerminalPlayer(agent),
         world.template,
         {TRAINED: world.engines(trained)},

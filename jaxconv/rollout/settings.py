@@ -5,7 +5,7 @@ from jaxconv.errors import Refused
 from jaxconv.objectives.advantages import check_pair
 from jaxconv.objectives.ppo import PPOCoefficients
 from jaxconv.rollout.quality import QualityRules
-from jaxconv.rollout.world import engine_shape, env_options
+from jaxconv.rollout.world import engine_shape, make_env
 from jaxconv.train.config import config_value
 from jaxconv.train.optimizer import SCHEDULES
 from jaxconv.train.ppo import Credit, Minibatching
@@ -100,7 +100,7 @@ def check(config) -> None:
             f"config.self_play.schedule={config.self_play.schedule!r}; "
             f"it may be {' or '.join(SCHEDULES)}"
         )
-    envs.make(config.env.name, **env_options(config))
+    make_env(config)
     ppo_parts(config)
     QualityRules(**config.quality)
     parse_steps(config.profile.steps)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 
@@ -23,6 +24,11 @@ def env_options(config, players: int | None = None) -> dict:
     options = config.env.to_dict()
     del options["name"]
     return options if players is None else options | {"players": (players,)}
+
+
+def make_env(config, players: int | None = None) -> envs.Env:
+    """A new environment, of a fixed number of agents if that is given."""
+    return envs.make(config.env.name, **env_options(config, players))
 
 
 def engine_shape(config) -> EngineShape:
@@ -82,9 +88,8 @@ class World:
     def table(self, policies: dict[str, Sequence[Engine]], players: int | None = None) -> SelfPlay:
         """Where games among policies and scripts are played."""
         config = self.config
-        options = env_options(config, players)
         return SelfPlay(
-            lambda: envs.make(config.env.name, **options),
+            partial(make_env, config, players),
             lambda name, env, agent, seed: envs.players(config.env.name, env, name, agent, seed),
             self.template,
             policies,

@@ -7,7 +7,6 @@ import pytest
 from jaxconv.evals import self_play_report
 from jaxconv.evals.report import Report
 from jaxconv.evals.statistics import Estimate
-from jaxconv.train.compile_cache import CompileStats
 from jaxconv.train.config import load
 from jaxconv.train.workdir import Workdir
 
@@ -90,19 +89,6 @@ def test_a_cut_game_is_shown_as_cut(played):
         report, [played([None, None])], [played([None, None], transcript=[(0, "hm")])]
     )
     assert "cut; score" in next(iter(report.sections.values())).replace("\\", "")
-
-
-def test_cost_and_compile_time_stand_apart():
-    report = Report()
-    self_play_report.add_cost(report, 12.5, CompileStats(3.0, 1.0, 5, 2))
-    assert report.cost == {"wall_s": 12.5}
-    found = {name: (q.value, q.unit) for name, q in report.compile.items()}
-    assert found == {
-        "compile_s": (3.0, "s"),
-        "lower_s": (1.0, "s"),
-        "cache_hits": (5, "programs"),
-        "cache_misses": (2, "programs"),
-    }
 
 
 def test_the_model_card_tells_what_was_measured(workdir, config):

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 from jaxconv.data.conversation import Message
 from jaxconv.envs.bargaining.evaluator import judge, payoff
-from jaxconv.envs.bargaining.language import brief
+from jaxconv.envs.bargaining.language import brief, environment, profile
 from jaxconv.envs.bargaining.rules import Table
 from jaxconv.envs.bargaining.scenario import KINDS, MAX_PLAYERS, Scenario, draw
 from jaxconv.envs.base import Step, check_actions
 from jaxconv.envs.dimensions import complete_weights, normalised, overall
+from jaxconv.envs.profiles import AgentProfile, EnvironmentProfile
 from jaxconv.errors import Refused
 
 
@@ -156,3 +157,9 @@ class Bargaining:
                 "deal": bool(payoffs),
                 "end": table.end,
             }
+
+
+def profiles(env: Bargaining) -> tuple[EnvironmentProfile, tuple[AgentProfile, ...]]:
+    """The episode's situation and its characters in seat order, secrets included."""
+    scenario = env.scenario
+    return environment(scenario), tuple(profile(scenario, k) for k in range(len(env.agents)))

@@ -12,12 +12,11 @@ from jaxconv.envs.bargaining.scenario import (
     NUMBERS,
     OPTIONS,
     POINTS,
-    AgentProfile,
-    EnvironmentProfile,
     Offer,
     Scenario,
     Setting,
 )
+from jaxconv.envs.profiles import AgentProfile, EnvironmentProfile
 
 
 class Act(NamedTuple):
