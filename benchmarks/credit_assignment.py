@@ -252,13 +252,16 @@ def scores(played: Sequence[Played]) -> np.ndarray:
     return np.array([game.infos[0]["score"] for game in played])
 
 
-def explained_variance(t: Trajectories) -> float:
+def explained_variance(t: Trajectories) -> float | None:
     """1 − Var(outcome − value) / Var(outcome) over the own tokens, with the critic as it sampled.
 
-    Unlike one against the critic's targets, it means the same for every estimator.
+    Unlike one against the critic's targets, it means the same for every estimator. None where all
+    outcomes are the same and there is nothing to explain.
     """
     own = t.turn_ids >= 0
     outcome = np.broadcast_to(t.turn_rewards.sum(1, keepdims=True), own.shape)[own]
+    if np.ptp(outcome) == 0:
+        return None
     return float(1 - np.var(outcome - t.value[own]) / np.var(outcome))
 
 
@@ -291,7 +294,10 @@ def run_missing(settings: Settings, output: Path) -> dict:
                 "warm_start": float(scores(before).mean()),
                 "trained": float(scores(after).mean()),
                 "gain": dataclasses.asdict(gain),
-                "log": {key: [round(x, 5) for x in values] for key, values in log.items()},
+                "log": {
+                    key: [x if x is None else round(x, 5) for x in values]
+                    for key, values in log.items()
+                },
                 "cpu_s": round(time.process_time() - began, 1),
             }
             atomic.write_text(output, compact_json(results))
@@ -358,7 +364,12 @@ def table(results: Mapping) -> Iterator[str]:
             for s in sorted(mine.keys() & default.keys())
         ]
         curve = [np.mean(r["log"]["score"][warm_up:]) - r["warm_start"] for r in mine.values()]
-        explained = [np.mean(r["log"]["explained_variance"][warm_up:]) for r in mine.values()]
+        explained = [
+            x
+            for r in mine.values()
+            for x in r["log"]["explained_variance"][warm_up:]
+            if x is not None
+        ]
         versus = ("–", "–")
         if name != DEFAULT:
             versus = (shown(pairs), f"{sum(x > 0 for x in pairs)} of {len(pairs)}")
