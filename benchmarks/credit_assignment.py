@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from relay_world import Relay, scripted_episode
@@ -36,20 +35,17 @@ from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decode import unstack
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic, ValueHead
-from jaxconv.objectives import masked
 from jaxconv.objectives.ppo import PPOCoefficients
-from jaxconv.objectives.sft import sft_loss
 from jaxconv.rollout.engine import Engine, EngineShape
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.train import atomic, compile_cache
-from jaxconv.train.actor_critic import evaluate_tokens
 from jaxconv.train.mesh import data_mesh, replicate, share_rows
 from jaxconv.train.optimizer import make_optimizer, make_schedule
 from jaxconv.train.ppo import PPO, Credit, Minibatching
 from jaxconv.train.state import TrainState
 from jaxconv.train.update import make_update
-from jaxconv.train.warm_start import Example, WarmStartBatch, minibatch, pack_examples
+from jaxconv.train.warm_start import Example, minibatch, pack_examples, warm_start_loss
 
 RESULTS = Path(__file__).parent / "results" / "credit_assignment.json"
 DEFAULT = "first, λ_turn .95"
@@ -149,7 +145,7 @@ class Bench:
             coefficients=PPOCoefficients(
                 clip_low=0.2,
                 clip_high=0.28,
-                value_clip=None,
+                value_clip=0.0,
                 value_coef=0.5,
                 entropy_coef=s.entropy_coef,
                 kl_coef=0.0,
@@ -194,7 +190,9 @@ class Bench:
         )
         mean = float(np.mean([e.outcome for e in examples]))
         mesh = data_mesh(s.rows)
-        update = make_update(functools.partial(imitation_loss, s.value_gradient), optimizer, mesh)
+        # The critic shapes the trunk, to learn who was right; PPO alone is too short for that.
+        loss = functools.partial(warm_start_loss, value_gradient=s.value_gradient)
+        update = make_update(loss, optimizer, mesh)
         model = replicate(ActorCritic(decoder, ValueHead(s.embed_dim, mean)), mesh)
         state = TrainState.create(model, optimizer)
         for step in range(s.warm_start_steps):
@@ -231,16 +229,6 @@ class Bench:
             log["explained_variance"].append(explained_variance(trajectories))
             log["entropy"].append(metrics["policy/entropy"])
         return state.model, log
-
-
-def imitation_loss(value_gradient: float, model: ActorCritic, batch: WarmStartBatch):
-    """Negative log-likelihood of the own tokens plus half the squared error of a critic that shapes
-    the trunk, so that it learns to read who was right; PPO alone is too short for that."""
-    logprob, _, value = evaluate_tokens(model, batch.tokens, value_gradient=value_gradient)
-    mask = batch.tokens.mask
-    total, denominator, metrics = sft_loss(logprob, mask)
-    error = masked.masked_sum(0.5 * jnp.square(value - batch.outcome), mask)
-    return total + error, denominator, metrics
 
 
 def _no_scripts(name: str, env: Relay, agent: str, seed: int):
@@ -320,8 +308,16 @@ def read(settings: Settings, path: Path) -> dict:
             "runs": {},
         }
     results = json.loads(path.read_text())
-    if results["settings"] != now:
-        raise Refused(f"{path} holds runs with other settings; name another file with --output")
+    # A field that the estimators got since has the value that they had before.
+    same = results["variants"].keys() == VARIANTS.keys() and all(
+        getattr(VARIANTS[name], field) == value
+        for name, credit in results["variants"].items()
+        for field, value in credit.items()
+    )
+    if results["settings"] != now or not same:
+        raise Refused(
+            f"{path} holds runs with other settings or variants; name another file with --output"
+        )
     return results
 
 

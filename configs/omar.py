@@ -5,7 +5,7 @@ league    the same with two and three players, longer, then a round robin with e
 bargaining_qwen2.5_7b    a real model that reads the rules in its brief; for accelerators.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 PRESETS = ("tiny", "league", "bargaining_qwen2.5_7b")
 
@@ -55,6 +55,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.warm_start.b2 = 0.95
     config.warm_start.weight_decay = 0.01
     config.warm_start.clip_norm = 1.0
+    config.warm_start.value_gradient = 5.0  # factor on the critic's gradient into the trunk
     config.warm_start.evaluate_every = 200
     config.warm_start.width = 256  # tokens of a packed row
     config.warm_start.rows = 8  # packed rows of a micro-batch
@@ -100,11 +101,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.clip_low = 0.2
     config.loss.clip_high = 0.28
-    config.loss.value_clip = 0.2
+    config.loss.value_clip = 0.2  # of the critic's step; 0 is off
     config.loss.value_coef = 0.5
     config.loss.entropy_coef = 0.003
     config.loss.kl_coef = 0.02  # KL to the warm start in the loss, per nat
-    config.loss.dual_clip = config_dict.placeholder(float)  # c > 1; None is off
+    config.loss.dual_clip = 0.0  # bounds the loss of unlikely bad tokens at c > 1; 0 is off
 
     config.minibatching = ConfigDict()
     config.minibatching.epochs = 2
@@ -145,7 +146,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         config.warm_start.width = config.minibatching.width = 448
         config.warm_start.steps = 2000
         config.warm_start.rows = config.minibatching.rows = 4
-        config.self_play.iterations = 110
+        config.self_play.iterations = 150
         config.self_play.script_share = 0.5
         config.self_play.learning_rate = 7e-4
         config.self_play.schedule = "cosine"

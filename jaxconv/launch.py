@@ -170,9 +170,15 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
         return (_chat if values.chat else _evaluate)(function, loaded.config, workdir)
     if (status := _finished(workdir)) is not None:
         return status
+    fresh = workdir.read_identity() is None
     workdir.write_identity(resolved, preset=loaded.preset)
-    with interrupt.catching():
-        return _train(recipe, loaded.config, workdir)
+    try:
+        with interrupt.catching():
+            return _train(recipe, loaded.config, workdir)
+    except Refused:
+        if fresh and workdir.is_writer:
+            workdir.clear()  # so that the mended command does not find another config's folder
+        raise
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -319,6 +325,7 @@ def _write_report(report: "Report", workdir: Workdir, *, name: str = "report") -
     from jaxconv.train import compile_cache
 
     report.cost.setdefault("wall_s", round(attempts.wall_seconds(workdir), 3))
+    report.notes += attempts.changes(workdir)
     units = {"compile_s": "s", "lower_s": "s"}
     for part, value in asdict(compile_cache.stats()).items():
         report.compile.setdefault(part, Quantity(round(value, 3), units.get(part, "programs")))

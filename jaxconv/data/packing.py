@@ -59,6 +59,10 @@ class Packing:
             out[self._cells] = np.concatenate([np.asarray(v, dtype) for v in values])
         return out.reshape(self.rows, self.width)
 
+    def used(self, rows: int) -> int:
+        """How many micro-batches of so many rows hold anything."""
+        return -(-(int(self.row.max()) + 1) // rows)
+
     def gather(self, array: np.ndarray) -> list[np.ndarray]:
         """The inverse of `scatter`: one array a stream."""
         flat = np.asarray(array).reshape(-1)[self._cells]

@@ -26,6 +26,7 @@ __all__ = [
     "play",
     "players",
     "profiles",
+    "rules",
     "scripted_corpus",
     "temperaments",
 ]
@@ -64,6 +65,11 @@ def players(name: str, env: Env, temperament: str, agent: str, seed: int) -> Pla
 def profiles(name: str, env: Env) -> tuple[EnvironmentProfile, tuple[AgentProfile, ...]]:
     """What the episode of `env` is about and who is in it, secrets included; after a reset."""
     return _world(name).profiles(env)
+
+
+def rules(name: str, env: Env, agent: str) -> str:
+    """How the episode of `env` goes and what `agent` may say, for somebody who is new to it."""
+    return _world(name).rules(env, agent)
 
 
 def scripted_corpus(

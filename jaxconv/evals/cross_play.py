@@ -93,14 +93,34 @@ def evaluate(study: Study, results: Results) -> Report:
         report.sections[heading] = _table(study, results, players)
         if study.league:
             _league(report, study, results, players, prefix)
-    worse = [
-        name
-        for name, estimate in report.results.items()
-        if "transfer/" in name and estimate.ci95[1] < 0
-    ]
-    if worse:
-        report.notes.append(f"Wholly below zero: {', '.join(worse)}.")
+    report.notes += doubts(report)
     return report
+
+
+def doubts(report: Report) -> list[str]:
+    """What speaks against the gain, in words; nothing where all controls are as they should be."""
+    out = []
+    gains = {n: e for n, e in report.results.items() if n.startswith("gain/")}
+    unclear = [name for name, gain in gains.items() if not gain.ci95[0] > 0]
+    if unclear:
+        out.append(f"Not clear of zero: {', '.join(unclear)}.")
+    worse = [n for n, e in report.results.items() if "transfer/" in n and e.ci95[1] < 0]
+    if worse:
+        out.append(f"Wholly below zero: {', '.join(worse)}.")
+    shifted = [
+        name
+        for name, null in report.baselines.items()
+        if "null/" in name and not null.ci95[0] <= 0 <= null.ci95[1]
+    ]
+    if shifted:
+        out.append(
+            f"The frozen model against itself differs from zero in {', '.join(shifted)}; of 95 % "
+            "intervals one in twenty does by chance."
+        )
+    sharper = report.baselines.get("sharper/overall")
+    if sharper and gains and sharper.value >= gains["gain/overall"].value:
+        out.append("Sharper sampling of the frozen model alone explains the gain.")
+    return out
 
 
 def _gains(report: Report, study: Study, results: Results, players: int, prefix: str) -> None:

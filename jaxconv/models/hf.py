@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +86,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     *,
     max_shard_bytes: float = 5e9,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config, generation config, weights, tokenizer.
 
@@ -97,6 +98,7 @@ def save_pretrained(
         tokenizer: a `transformers` tokenizer, or None to write none.
         folder: where; it must be new, empty or an older checkpoint.
         max_shard_bytes: largest safetensors file; more than that is split, with an index.
+        generation: further entries of generation_config.json, such as the temperature.
 
     Raises:
         Refused: the folder holds something else.
@@ -107,8 +109,8 @@ def save_pretrained(
         write_json(partial / "config.json", config.to_hf_dict())
         hf_config = config.to_hf_dict()
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        generation = {name: hf_config[name] for name in names if hf_config[name] is not None}
-        write_json(partial / "generation_config.json", generation)
+        ids = {name: hf_config[name] for name in names if hf_config[name] is not None}
+        write_json(partial / "generation_config.json", ids | dict(generation or {}))
         write_tensors(partial, _checkpoint_tensors(model, config.stored_dtype), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

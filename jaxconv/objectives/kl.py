@@ -5,8 +5,10 @@ With r = p_ref / p_policy at a sampled token (Schulman, "Approximating KL diverg
     k1 = −log r              unbiased; belongs in a reward
     k3 = (r − 1) − log r     unbiased, never negative, small variance; belongs in a loss
 
-The place decides the estimator. Differentiated as a loss, k1 has expected gradient zero and pulls
-nowhere; as a reward it gives the gradient of the KL itself.
+Both estimate the same number; their gradients differ. As a reward, k1 gives the gradient of
+KL(policy ‖ reference). Differentiated as a loss, k1 has expected gradient zero and pulls nowhere,
+and k3 has that of KL(reference ‖ policy), as in GRPO: it keeps the policy's mass wherever the
+reference has some, and hardly minds how sharp it gets.
 """
 
 import jax

@@ -29,22 +29,20 @@ class PPOCoefficients:
 
     clip_low: float = 0.2  # ρ is held above 1 − clip_low where A < 0
     clip_high: float = 0.28  # ρ is held below 1 + clip_high where A > 0
-    value_clip: float | None = 0.2  # δ, in units of the value; None leaves the critic unclipped
+    value_clip: float = 0.2  # δ, in units of the value; 0 leaves the critic unclipped
     value_coef: float = 0.5
     entropy_coef: float = 0.0  # per nat
     kl_coef: float = 0.0  # per nat, k3 in the loss; a penalty in the reward is `kl_token_rewards`
-    dual_clip: float | None = None  # c > 1, bounds the loss of unlikely bad tokens; None: off
+    dual_clip: float = 0.0  # c > 1, bounds the loss of unlikely bad tokens; 0: off
 
     def __post_init__(self):
         if not 0.0 < self.clip_low < 1.0:
             raise ValueError(f"clip_low is {self.clip_low}; it must lie between 0 and 1")
         if not self.clip_high > 0.0:
             raise ValueError(f"clip_high is {self.clip_high}; it must be above 0")
-        if self.value_clip is not None and not self.value_clip > 0.0:
-            raise ValueError(f"value_clip is {self.value_clip}; it must be above 0, or None")
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1, or None")
-        for name in ("value_coef", "entropy_coef", "kl_coef"):
+        if self.dual_clip != 0.0 and not self.dual_clip > 1.0:
+            raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1, or 0 for none")
+        for name in ("value_clip", "value_coef", "entropy_coef", "kl_coef"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
@@ -115,13 +113,13 @@ def ppo_loss(
     ratio = jnp.exp(jnp.clip(logprob - old_logprob, -kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT))
     clipped_ratio = jnp.clip(ratio, 1.0 - c.clip_low, 1.0 + c.clip_high)
     policy = jnp.maximum(-ratio * advantage, -clipped_ratio * advantage)
-    if c.dual_clip is not None:
+    if c.dual_clip > 0.0:
         policy = jnp.where(advantage < 0, jnp.minimum(policy, -c.dual_clip * advantage), policy)
     policy = weight * policy
 
     critic = 0.5 * jnp.square(value - target)
     clipped_critic = critic
-    if c.value_clip is not None:
+    if c.value_clip > 0.0:
         near = old_value + jnp.clip(value - old_value, -c.value_clip, c.value_clip)
         clipped_critic = 0.5 * jnp.square(near - target)
     critic_loss = jnp.maximum(critic, clipped_critic)

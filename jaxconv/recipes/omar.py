@@ -31,7 +31,7 @@ from jaxconv.rollout import settings
 from jaxconv.rollout.quality import QualityRules, review
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
 from jaxconv.rollout.summary import speeds, summarise
-from jaxconv.rollout.terminal import TerminalPlayer, printable
+from jaxconv.rollout.terminal import TerminalPlayer
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.rollout.world import (
     SEEDS_OF_A_RUN,
@@ -85,10 +85,10 @@ def run(config, workdir: Workdir) -> Report:
     notes = left_out(workdir)
     trained, early = self_play(config, workdir, world, frozen)
     trained = as_stored(trained)  # what is exported is what is evaluated
-    export(config, workdir, trained, tokenizer)
+    export(config, workdir, world, trained, tokenizer)
+    say_the_same(config, workdir, world, trained)
     report, talks = compete(config, workdir, world, trained, frozen)
     episodes.write(workdir, config.env.name, partial(make_env, config), talks)
-    say_the_same(config, workdir, world, trained)
     report.notes += notes + early
     report.artifacts |= {
         "export": "export",
@@ -130,6 +130,7 @@ def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenize
                 checkpoint_every=config.checkpoint.warm_start_every,
                 keep=config.checkpoint.keep,
                 seed=config.seed,
+                value_gradient=w.value_gradient,
             ),
             workdir,
         )
@@ -265,9 +266,10 @@ def self_play(
                     clock.append(time.monotonic())
                 metrics |= learned | speeds(engines, len(played), trajectories.lengths, clock)
                 metrics["policy/learning_rate"] = rate(at.done)
-                if not np.isfinite(metrics["loss"]):
+                if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
                     raise Failed(
-                        f"the loss of self-play iteration {at.done + 1} is {metrics['loss']}; "
+                        f"self-play iteration {at.done + 1}: the loss is {metrics['loss']} and the "
+                        f"gradient norm {metrics['gradient_norm']}; "
                         f"config.self_play.learning_rate={s.learning_rate} may be too high"
                     )
                 at.done += 1
@@ -276,10 +278,17 @@ def self_play(
                 shown = {n: metrics[f"{n}/mean"] for n in HEADLINE if f"{n}/mean" in metrics}
                 progress.update(at.done, shown, tokens=sum(trajectories.lengths))
                 if at.done > s.critic_warmup and (why := at.alarms.sound(metrics, config.alarm)):
-                    at.notes.append(f"Self-play stopped early after iteration {at.done}: {why}.")
-                if at.done % config.checkpoint.every == 0 or at.done == s.iterations or at.notes:
+                    at.notes.append(
+                        f"Self-play stopped early: {why}. The model after iteration {at.done} is "
+                        "what was measured and exported."
+                    )
+                stop = interrupt.requested()
+                last = at.done == s.iterations or at.notes
+                if stop or last or at.done % config.checkpoint.every == 0:
                     at.save(checkpoints)
-                stop_if_asked(config, at, checkpoints)
+                if stop:
+                    checkpoints.wait()
+                    raise Stopped(f"self-play stopped after iteration {at.done} of {s.iterations}")
     return at.state.model, at.notes
 
 
@@ -316,22 +325,15 @@ def converse(config, table: SelfPlay, at: Standing, checkpoints: Checkpoints) ->
         at.rollout = None
     last_save = time.monotonic()
     while table.advance():
-        stop_if_asked(config, at, checkpoints, table)
+        if interrupt.requested():
+            at.save(checkpoints, table)
+            checkpoints.wait()
+            iterations = config.self_play.iterations
+            raise Stopped(f"self-play stopped in iteration {at.done + 1} of {iterations}")
         if time.monotonic() - last_save > config.checkpoint.rollout_seconds:
             at.save(checkpoints, table)
             last_save = time.monotonic()
     return table.results(games)
-
-
-def stop_if_asked(
-    config, at: Standing, checkpoints: Checkpoints, table: SelfPlay | None = None
-) -> None:
-    """Saves and raises Stopped after a signal."""
-    if interrupt.requested():
-        at.save(checkpoints, table)
-        checkpoints.wait()
-        iterations = config.self_play.iterations
-        raise Stopped(f"self-play stopped in iteration {at.done + 1} of {iterations}")
 
 
 def appraise(
@@ -358,16 +360,18 @@ def teams(config) -> list[str]:
 def schedule(config, iteration: int) -> list[Game]:
     """The games of one iteration: self-play, and a share in which all seats but one are scripts."""
     training, _ = envs.temperaments(config.env.name)
-    players = max(config.env.players)  # a smaller game takes the first seats of a cast
+    env = make_env(config)
     games = []
     for i in range(config.self_play.games):
         game = iteration * config.self_play.games + i
         seed = config.seed * SEEDS_OF_A_RUN + SELF_PLAY_SEEDS + game
         rng = Random(f"cast {seed}")  # the environment draws its episode from the seed itself
-        cast = [LEARNER] * players
+        env.reset(seed)
+        seats = range(len(env.agents))
+        cast = [LEARNER for _ in seats]
         if rng.random() < config.self_play.script_share:
-            own = rng.randrange(min(config.env.players))
-            cast = [LEARNER if k == own else rng.choice(training) for k in range(players)]
+            own = rng.choice(seats)
+            cast = [LEARNER if seat == own else rng.choice(training) for seat in seats]
         games.append(Game(game, seed, tuple(cast)))
     return games
 
@@ -439,9 +443,17 @@ def compete(
 # ---------------------------------------------------------------- 5. export
 
 
-def export(config, workdir: Workdir, trained: ActorCritic, tokenizer) -> None:
+def export(config, workdir: Workdir, world: World, trained: ActorCritic, tokenizer) -> None:
+    """Writes a Hugging Face folder whose `generate` stops and samples as self-play did."""
     if not is_saved(workdir.export):
-        save(trained, tokenizer, workdir.export)
+        ends = dict.fromkeys((world.template.end, *trained.decoder.config.eos_token_ids))
+        generation = {
+            "eos_token_id": list(ends),
+            "do_sample": True,
+            "temperature": config.rollout.temperature,
+            "max_new_tokens": config.rollout.turn_budget,
+        }
+        save(trained, tokenizer, workdir.export, generation)
 
 
 def say_the_same(config, workdir: Workdir, world: World, trained: ActorCritic) -> None:
@@ -469,9 +481,12 @@ def evaluate(config, workdir: Workdir) -> Report:
 def chat(config, workdir: Workdir) -> None:
     """`--chat`: a person takes the first seat against the exported checkpoint."""
     world, trained = exported(config, workdir)
+    person = TerminalPlayer()
     table = SelfPlay(
         partial(make_env, config),
-        lambda name, env, agent, seed: TerminalPlayer(agent),
+        lambda name, env, agent, seed: person.sit_down(
+            agent, envs.rules(config.env.name, env, agent)
+        ),
         world.template,
         {TRAINED: world.engines(trained)},
         turn_budget=config.rollout.turn_budget,
@@ -480,13 +495,16 @@ def chat(config, workdir: Workdir) -> None:
     seed = Random().randrange(1 << 24)
     while True:
         [played] = table.play([Game(seed, seed, ("you", TRAINED))])
-        said = played.transcript[-1] if played.transcript else None
-        if said and said[0] != 0:
-            print(f"{played.agents[said[0]]}: {printable(said[1])}")
+        own = max((i for i, (seat, _) in enumerate(played.transcript) if seat == 0), default=-1)
+        for seat, text in played.transcript[own + 1 :]:
+            person.hear(played.agents[seat], text)
+        misread = played.valid[0].count(False)
         outcome = played.infos[0]
-        print(f"\n{outcome.get('end', 'cut')}: you scored {outcome.get('overall', 0):.2f}")
+        person.read(f"{outcome.get('end', 'cut')}: you scored {outcome.get('overall', 0):.2f}")
         for name, value in outcome.get("dimensions", {}).items():
-            print(f"  {name} {value:.1f}")
+            person.read(f"  {name} {value:.1f}")
+        if misread:
+            person.read(f"  {misread} of your {len(played.valid[0])} turns were not understood")
         if input("\nAgain? [y/N] ").strip().lower() != "y":
             return
         seed += 1

@@ -1,7 +1,11 @@
 """What a self-play config may be: refused before any work, in one line that names the field."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxconv import envs
 from jaxconv.errors import Refused
+from jaxconv.models.config import COMPUTE_DTYPES, REMAT_POLICIES
 from jaxconv.objectives.advantages import check_pair
 from jaxconv.objectives.ppo import PPOCoefficients
 from jaxconv.rollout.quality import QualityRules
@@ -10,6 +14,7 @@ from jaxconv.train.config import config_value
 from jaxconv.train.optimizer import SCHEDULES
 from jaxconv.train.ppo import Credit, Minibatching
 from jaxconv.train.profiling import parse_steps
+from jaxconv.train.starting_point import small_decoder
 
 AT_LEAST = {
     "seed": 0,
@@ -34,6 +39,7 @@ AT_LEAST = {
     "self_play.invalid_penalty": 0,
     "warm_start.warmup": 0,
     "warm_start.weight_decay": 0,
+    "warm_start.value_gradient": 0,
     "model.vocab_size": 261,
     "model.embed_dim": 1,
     "model.num_layers": 1,
@@ -53,6 +59,8 @@ AT_LEAST = {
 """The least value of fields that count something."""
 
 POSITIVE = (
+    "checkpoint.rollout_seconds",
+    "alarm.entropy_high",
     "rollout.temperature",
     "arena.sharp_temperature",
     "warm_start.learning_rate",
@@ -61,6 +69,8 @@ POSITIVE = (
     "self_play.clip_norm",
 )
 FRACTIONS = (
+    "alarm.entropy_low",
+    "alarm.truncated_high",
     "self_play.script_share",
     "self_play.value_gradient",
     "credit.gamma_turn",
@@ -80,13 +90,16 @@ def check(config) -> None:
     for field in FRACTIONS:
         if not 0 <= (value := config_value(config, field)) <= 1:
             raise Refused(f"config.{field}={value}; it must be from 0 to 1")
+    for field in ("warm_start.b2", "self_play.b2"):
+        if not 0 <= (value := config_value(config, field)) < 1:
+            raise Refused(f"config.{field}={value}; it must be at least 0 and below 1")
     for field in POSITIVE:
         if not (value := config_value(config, field)) > 0:
             raise Refused(f"config.{field}={value}; it must be above 0")
-    if config.model.embed_dim % config.model.num_heads:
+    if config.model.embed_dim % (2 * config.model.num_heads):
         raise Refused(
             f"config.model.num_heads={config.model.num_heads}; "
-            f"it must divide config.model.embed_dim={config.model.embed_dim}"
+            f"it must divide half of config.model.embed_dim={config.model.embed_dim}"
         )
     if config.self_play.games < config.minibatching.minibatches:
         raise Refused(
@@ -95,16 +108,17 @@ def check(config) -> None:
         )
     if config.rollout.slots * config.rollout.engines < 2:
         raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
-    if config.self_play.schedule not in SCHEDULES:
-        raise Refused(
-            f"config.self_play.schedule={config.self_play.schedule!r}; "
-            f"it may be {' or '.join(SCHEDULES)}"
-        )
-    make_env(config)
+    _one_of("config.self_play.schedule", config.self_play.schedule, SCHEDULES)
+    _naming("config.env.", lambda: make_env(config))
+    if config.model.path:
+        _one_of("config.model.dtype", config.model.dtype, COMPUTE_DTYPES)
+        _one_of("config.model.remat", config.model.remat, REMAT_POLICIES)
+    else:
+        _naming("config.model.", lambda: small_decoder(config))
     ppo_parts(config)
     QualityRules(**config.quality)
     parse_steps(config.profile.steps)
-    shape = engine_shape(config)
+    shape = _naming("config.", lambda: engine_shape(config))
     if config.rollout.turn_budget >= shape.lengths[-1]:
         raise Refused(
             f"config.rollout.turn_budget={config.rollout.turn_budget}; "
@@ -117,11 +131,26 @@ def check(config) -> None:
                 f"config.rollout.lengths[-1]={shape.lengths[-1]}"
             )
     a = config.arena
+    if a.games < 2:
+        raise Refused(f"config.arena.games={a.games}; it must be at least 2")
     if not 2 <= a.script_games <= a.games:
         raise Refused(
             f"config.arena.script_games={a.script_games}; it must be from 2 to "
             f"config.arena.games={a.games}"
         )
+
+
+def _naming(prefix: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns; its refusals name the part of the config that they are about."""
+    try:
+        return make()
+    except Refused as error:
+        raise Refused(f"{prefix}{error}") from None
+
+
+def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise Refused(f"{field}={value!r}; it may be {', '.join(known)}")
 
 
 def ppo_parts(config) -> tuple[PPOCoefficients, Credit, Minibatching]:

@@ -1,11 +1,12 @@
-"""How long a run took, over all the processes that worked on it."""
+"""The processes that worked on a run: how long they took, and whether they were alike."""
 
 import itertools
 import json
 import time
+from typing import Any
 
 from jaxconv.train import atomic, metrics
-from jaxconv.train.workdir import Workdir
+from jaxconv.train.workdir import Workdir, device_kinds, versions
 
 _FILE = "attempts.jsonl"
 
@@ -15,7 +16,9 @@ def begin(workdir: Workdir) -> None:
     if workdir.is_writer:
         path = workdir.path / _FILE
         with atomic.disk_full_is_failure(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"start": time.time()}) + "\n")
+            # On a line of its own, even after one that a full disk tore.
+            record = {"start": time.time(), "versions": versions(), "devices": device_kinds()}
+            file.write("\n" + json.dumps(record) + "\n")
 
 
 def wall_seconds(workdir: Workdir) -> float:
@@ -25,9 +28,7 @@ def wall_seconds(workdir: Workdir) -> float:
     A sign of life is a record of `metrics.jsonl`, so of a process that was killed the time after
     its last record is missing.
     """
-    path = workdir.path / _FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    starts = [json.loads(line)["start"] for line in lines]
+    starts = [record["start"] for record in _read(workdir)]
     if not starts:
         return 0.0
     alive = sorted(record["time"] for record in metrics.read(workdir))
@@ -36,3 +37,20 @@ def wall_seconds(workdir: Workdir) -> float:
         seen = [moment for moment in alive if start <= moment < following]
         total += seen[-1] - start if seen else 0.0
     return total
+
+
+def changes(workdir: Workdir) -> list[str]:
+    """A note where the run went on under other versions or devices: it is not bit for bit what one
+    undisturbed process would have made."""
+    out = []
+    for before, after in itertools.pairwise(_read(workdir)):
+        for what in ("versions", "devices"):
+            if before[what] != after[what]:
+                out.append(f"It went on with other {what}: {before[what]}, then {after[what]}.")
+    return out
+
+
+def _read(workdir: Workdir) -> list[dict[str, Any]]:
+    path = workdir.path / _FILE
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [record for line in lines if (record := metrics.parsed(line)) is not None]

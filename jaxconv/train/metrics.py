@@ -95,7 +95,7 @@ class MetricsWriter:
         kept = [
             line
             for line in before.splitlines(keepends=True)
-            if (record := _parsed(line)) is not None
+            if (record := parsed(line)) is not None
             and (record.get("stage") != self._stage or record.get("step", 0) <= step)
         ]
         after = b"".join(kept)
@@ -109,11 +109,11 @@ def read(workdir: Workdir, stage: str | None = None) -> list[dict[str, Any]]:
     if not workdir.metrics.exists():
         return []
     lines = workdir.metrics.read_bytes().splitlines(keepends=True)
-    records = [record for line in lines if (record := _parsed(line)) is not None]
+    records = [record for line in lines if (record := parsed(line)) is not None]
     return [record for record in records if stage is None or record["stage"] == stage]
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
     """The record of a line, None when the line is torn."""
     if not line.endswith(b"\n"):
         return None

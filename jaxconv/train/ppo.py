@@ -41,7 +41,8 @@ class Credit:
         importance_cap: largest weight of trainer against sampler.
         reward_kl: KL to the reference as a token reward, per nat.
         flagged: advantage, after whitening, of every token of a turn that the quality filter
-            flagged: 0 neither praises nor blames it, below 0 makes it cost.
+            flagged. Below 0 makes it cost; with 0 its tokens leave the loss and its denominator, so
+            that nothing pulls on them, entropy bonus included.
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
@@ -214,7 +215,7 @@ class PPO:
             score(
                 model,
                 share_rows(microbatches(batch, self.sizes.rows), self.mesh),
-                _used(packing, self.sizes.rows),
+                np.int32(packing.used(self.sizes.rows)),
                 temperature=self.temperature,
                 mesh=self.mesh,
             )
@@ -254,12 +255,7 @@ class PPO:
             ppo=jax.tree.map(lambda x: packed(x, x.dtype), per_token),
         )
         batches = share_rows(microbatches(batch, self.sizes.rows), self.mesh)
-        return batches, _used(packing, self.sizes.rows)
-
-
-def _used(packing: Packing, rows: int) -> np.int32:
-    """Micro-batches that hold anything."""
-    return np.int32(-(-(int(packing.row.max()) + 1) // rows))
+        return batches, np.int32(packing.used(self.sizes.rows))
 
 
 @functools.partial(jax.jit, static_argnames=("credit", "teams"))
@@ -321,12 +317,14 @@ def _credit_tokens(
         anchor=credit.anchor,
         keep_turns=keep_turns_BN,
     )
-    turn_std = masked_std(turns.advantage, turns.present)
-    metrics["advantage/turn_mean"] = masked_mean(turns.advantage, turns.present)
+    counted_BN = turns.present & keep_turns_BN
+    turn_std = masked_std(turns.advantage, counted_BN)
+    metrics["advantage/turn_mean"] = masked_mean(turns.advantage, counted_BN)
     metrics["advantage/turn_std"] = turn_std
-    metrics["advantage/turn_abs_mean"] = masked_mean(jnp.abs(turns.advantage), turns.present)
-    target_std = jnp.maximum(masked_std(turns.target, turns.present), 1e-8)
-    metrics["critic/explained_variance_turn"] = 1.0 - jnp.square(turn_std / target_std)
+    metrics["advantage/turn_abs_mean"] = masked_mean(jnp.abs(turns.advantage), counted_BN)
+    target_std = masked_std(turns.target, counted_BN)
+    explained = 1.0 - jnp.square(turn_std / jnp.where(target_std > 0, target_std, 1.0))
+    metrics["critic/explained_variance_turn"] = jnp.where(target_std > 0, explained, jnp.nan)
     batch = PPOBatch(
         old_logprob=old_logprob_BT,
         ref_logprob=ref_logprob_BT,
@@ -334,7 +332,7 @@ def _credit_tokens(
         value_target=targets_BT,
         old_value=value_BT,
         is_weight=weights_BT,
-        mask=mask_BT,
+        mask=mask_BT & kept_BT if credit.flagged == 0.0 else mask_BT,
     )
     return batch, metrics
 

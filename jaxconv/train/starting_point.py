@@ -1,8 +1,9 @@
 """Actor-critics from a config: a checkpoint or a small model from scratch, saved and loaded."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -32,10 +33,22 @@ def starting_model(
             raise Refused(f"config.model.path={config.model.path!r} has no tokenizer")
         return ActorCritic(decoder, ValueHead(decoder.config.embed_dim)), tokenizer
     tokenizer = small_tokenizer(folder, words, config.model.vocab_size)
-    m = config.model
-    decoder = DecoderConfig(
-        family=m.family,
+    decoder = dataclasses.replace(
+        small_decoder(config),
         vocab_size=len(tokenizer),
+        eos_token_ids=(tokenizer.eos_token_id,),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = jax.jit(Decoder, static_argnums=0)(decoder, jax.random.key(config.seed))
+    return ActorCritic(model, ValueHead(decoder.embed_dim)), tokenizer
+
+
+def small_decoder(config) -> DecoderConfig:
+    """The architecture of a small model from scratch, before its tokenizer is known."""
+    m = config.model
+    return DecoderConfig(
+        family=m.family,
+        vocab_size=m.vocab_size,
         embed_dim=m.embed_dim,
         num_layers=m.num_layers,
         num_heads=m.num_heads,
@@ -46,14 +59,10 @@ def starting_model(
         tie_embeddings=True,
         attention_bias=m.family == "qwen2",
         qk_norm=m.family == "qwen3",
-        eos_token_ids=(tokenizer.eos_token_id,),
-        pad_token_id=tokenizer.pad_token_id,
         dtype=m.dtype,
         remat=m.remat,
         unroll_layers=m.num_layers <= UNROLLED_LAYERS,
     )
-    model = jax.jit(Decoder, static_argnums=0)(decoder, jax.random.key(config.seed))
-    return ActorCritic(model, ValueHead(m.embed_dim)), tokenizer
 
 
 def small_tokenizer(folder: Path, words: Callable[[], Iterable[str]], vocab_size: int):
@@ -67,8 +76,11 @@ def small_tokenizer(folder: Path, words: Callable[[], Iterable[str]], vocab_size
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def save(model: ActorCritic, tokenizer, folder: Path) -> None:
-    hf.save_pretrained(model.decoder, tokenizer, folder)
+def save(
+    model: ActorCritic, tokenizer, folder: Path, generation: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a checkpoint and its value head; `generation` goes to generation_config.json."""
+    hf.save_pretrained(model.decoder, tokenizer, folder, generation=generation)
     hf.save_value_head(model.value_head, folder)
 
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxconv.data.packing import TokenBatch, first_fit, microbatches, pack_tokens
-from jaxconv.errors import Stopped
+from jaxconv.errors import Failed, Stopped
 from jaxconv.models.heads import ActorCritic
 from jaxconv.objectives import masked
 from jaxconv.objectives.metrics import Metrics
@@ -60,16 +60,17 @@ def pack_examples(
         tokens=pack_tokens(packing, [e.tokens for e in examples], [e.own for e in examples]),
         outcome=packing.scatter([np.full(len(e.tokens), e.outcome) for e in examples], np.float32),
     )
-    used = -(-(int(packing.row.max()) + 1) // rows)
-    return microbatches(batch, rows), used
+    return microbatches(batch, rows), packing.used(rows)
 
 
-def warm_start_loss(model: ActorCritic, batch: WarmStartBatch):
+def warm_start_loss(model: ActorCritic, batch: WarmStartBatch, *, value_gradient: float):
     """Negative log-likelihood of the own tokens plus half the squared error of the critic.
 
-    The critic learns on a resting trunk, so the policy is what plain fine-tuning would make of it.
+    `value_gradient` is the factor on the critic's gradient into the trunk. With 0 the policy is
+    what plain fine-tuning would make of it; above, the trunk learns to read what an outcome depends
+    on, which words alone do not ask of it.
     """
-    logprob, entropy, value = evaluate_tokens(model, batch.tokens, value_gradient=0.0)
+    logprob, entropy, value = evaluate_tokens(model, batch.tokens, value_gradient=value_gradient)
     mask = batch.tokens.mask
     total, denominator, metrics = sft_loss(logprob, mask)
     error = masked.masked_sum(0.5 * jnp.square(value - batch.outcome), mask)
@@ -87,7 +88,7 @@ def evaluate(model: ActorCritic, batches: WarmStartBatch, *, mesh: Mesh) -> dict
 
     def local(model, batches):
         def body(_, batch):
-            _, denominator, metrics = warm_start_loss(model, batch)
+            _, denominator, metrics = warm_start_loss(model, batch, value_gradient=0.0)
             return None, (denominator, metrics)
 
         _, (denominators, metrics) = jax.lax.scan(body, None, batches)
@@ -126,6 +127,7 @@ class WarmStart:
         checkpoint_every: updates between checkpoints.
         keep: checkpoints kept.
         seed: of the order of the examples.
+        value_gradient: factor on the critic's gradient into the trunk.
     """
 
     steps: int
@@ -136,6 +138,7 @@ class WarmStart:
     checkpoint_every: int
     keep: int
     seed: int
+    value_gradient: float
 
 
 def fit(
@@ -150,9 +153,11 @@ def fit(
 
     Raises:
         Stopped: the run was asked to stop; its state is saved.
+        Failed: loss or gradient are not finite; the checkpoint before stays.
     """
     mesh = data_mesh(sizes.rows)
-    update = make_update(warm_start_loss, optimizer, mesh)
+    loss = functools.partial(warm_start_loss, value_gradient=sizes.value_gradient)
+    update = make_update(loss, optimizer, mesh)
     state = TrainState.create(replicate(model, mesh), optimizer)
     held_out_batch, _ = pack_examples(held_out, width=sizes.width, rows=sizes.rows, multiple=1)
     held_out_batch = share_rows(held_out_batch, mesh)
@@ -173,6 +178,11 @@ def fit(
                     held = evaluate(state.model, held_out_batch, mesh=mesh)
                     metrics |= {f"held_out/{name}": value for name, value in held.items()}
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if not np.isfinite([metrics["nll"], metrics["gradient_norm"]]).all():
+                    raise Failed(
+                        f"warm-start step {step}: the loss is {metrics['nll']} and the gradient "
+                        f"norm {metrics['gradient_norm']}; the learning rate may be too high"
+                    )
                 writer.write(step, metrics)
                 progress.update(
                     step, {"loss": metrics["nll"]}, tokens=sum(len(e.tokens) for e in chosen)

@@ -118,7 +118,7 @@ def test_the_value_clip_by_hand(value, old, target, loss, slope, clipped):
     assert got == pytest.approx(loss, rel=1e-5)
     assert by_value == pytest.approx(slope, rel=1e-5, abs=1e-7)
     assert metrics["critic/clip_fraction"] == clipped
-    free = dataclasses.replace(coefficients, value_clip=None)
+    free = dataclasses.replace(coefficients, value_clip=0.0)
     got, *_ = one_token(1.0, 0.0, coefficients=free, value=value, old_value=old, target=target)
     assert got == pytest.approx(0.5 * (value - target) ** 2, rel=1e-5)
 
@@ -269,7 +269,7 @@ def test_a_kl_without_a_reference_is_refused():
         ("clip_low", 1.0),
         ("clip_low", 0.0),
         ("clip_high", -0.1),
-        ("value_clip", 0.0),
+        ("value_clip", -0.1),
         ("dual_clip", 1.0),
         ("entropy_coef", -1.0),
         ("kl_coef", float("nan")),

@@ -87,6 +87,7 @@ def test_a_person_plays_a_game_and_leaves_in_the_next(tiny, finished):
         terminal.type("I would like all the books.\n")
     assert turns >= 1
     assert "You are " in terminal.shown and "Secret limit" in terminal.shown
+    assert "plain words like these" in terminal.shown.replace("\r\n", " ")
     assert "you scored" in terminal.shown and "believability" in terminal.shown
     terminal.type("y\n")
     terminal.wait_for("(you):")

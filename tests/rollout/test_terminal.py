@@ -10,20 +10,24 @@ from jaxconv.rollout.terminal import TerminalPlayer, printable
 
 def test_the_person_reads_what_the_agent_hears_and_answers(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("  I offer two hats. \n"))
-    player = TerminalPlayer("Eve")
+    player = TerminalPlayer().sit_down("Eve", "Say what you offer.")
     said = player.act(
         [Message("system", "You are Eve."), Message("user", "I want [bold]all[/].", "Bob")]
     )
     assert said == "I offer two hats."
     shown = capsys.readouterr().out
     assert (
-        "You are Eve." in shown and "Bob: I want [bold]all[/]." in shown and "Eve (you):" in shown
+        "You are Eve.\nSay what you offer." in shown
+        and "Bob: I want [bold]all[/]." in shown
+        and "Eve (you):" in shown
     )
 
 
 def test_words_cannot_steer_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("fine\n"))
-    TerminalPlayer("Eve").act([Message("user", "a\x1b[2Jb\x07c\rd\u202ee", "B\x1bob")])
+    TerminalPlayer().sit_down("Eve", "").act(
+        [Message("user", "a\x1b[2Jb\x07c\rd\u202ee", "B\x1bob")]
+    )
     shown = capsys.readouterr().out
     assert "a?[2Jb?c?d?e" in shown
     assert "\x1b[2J" not in shown and "\x07" not in shown and "\u202e" not in shown
@@ -33,7 +37,7 @@ def test_words_cannot_steer_the_terminal(monkeypatch, capsys):
 def test_the_end_of_the_input_leaves(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(EOFError):
-        TerminalPlayer("Eve").act([Message("system", "brief")])
+        TerminalPlayer().sit_down("Eve", "").act([Message("system", "brief")])
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,29 @@ def test_time_between_processes_does_not_count(run):
     assert attempts.wall_seconds(workdir) == 25.0 + 0.0 + 50.0
 
 
+def test_a_torn_line_is_passed_over(run):
+    workdir, at = run
+    at(100.0)
+    attempts.begin(workdir)
+    path = workdir.path / "attempts.jsonl"
+    path.write_text(path.read_text() + '{"start": 1')
+    at(200.0)
+    attempts.begin(workdir)
+    at(230.0)
+    assert attempts.wall_seconds(workdir) == 30.0
+    assert attempts.changes(workdir) == []
+
+
+def test_other_devices_are_told(run, monkeypatch):
+    workdir, at = run
+    at(100.0)
+    attempts.begin(workdir)
+    monkeypatch.setattr(attempts, "device_kinds", lambda: {"cpu": 64})
+    attempts.begin(workdir)
+    [note] = attempts.changes(workdir)
+    assert "other devices" in note and "{'cpu': 64}" in note
+
+
 def test_a_process_that_only_reads_notes_nothing(run):
     workdir, at = run
     at(1.0)

@@ -1,6 +1,6 @@
 """Bargaining: two to five agents with private goals, limits and manners talk until they agree."""
 
-from jaxconv.envs.bargaining.env import Bargaining, Options, profiles
+from jaxconv.envs.bargaining.env import Bargaining, Options, profiles, rules
 from jaxconv.envs.bargaining.evaluator import evaluate
 from jaxconv.envs.bargaining.scripted import (
     HELD_OUT,
@@ -22,6 +22,7 @@ __all__ = [
     "Temperament",
     "evaluate",
     "profiles",
+    "rules",
     "scripted_corpus",
     "scripted_player",
 ]

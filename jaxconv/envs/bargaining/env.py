@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from jaxconv.data.conversation import Message
 from jaxconv.envs.bargaining.evaluator import judge, payoff
-from jaxconv.envs.bargaining.language import brief, environment, profile
+from jaxconv.envs.bargaining.language import brief, environment, how_to_talk, join, profile
 from jaxconv.envs.bargaining.rules import Table
 from jaxconv.envs.bargaining.scenario import KINDS, MAX_PLAYERS, Scenario, draw
 from jaxconv.envs.base import Step, check_actions
@@ -46,7 +46,7 @@ class Options:
                 raise Refused(f"kinds is {self.kinds}; each must be one of {', '.join(KINDS)}")
         whole = all(type(turns) is int for turns in self.turns)
         if not whole or len(self.turns) != 2 or not 1 <= self.turns[0] <= self.turns[1]:
-            raise Refused(f"turns is {self.turns}; expected (fewest, most) of at least 1")
+            raise Refused(f"turns is {self.turns}; expected (fewest, most), ascending from 1")
         if not isinstance(self.rules, bool):
             raise Refused(f"rules is {self.rules!r}; expected True or False")
         object.__setattr__(self, "weights", complete_weights(dict(self.weights)))
@@ -163,3 +163,9 @@ def profiles(env: Bargaining) -> tuple[EnvironmentProfile, tuple[AgentProfile, .
     """The episode's situation and its characters in seat order, secrets included."""
     scenario = env.scenario
     return environment(scenario), tuple(profile(scenario, k) for k in range(len(env.agents)))
+
+
+def rules(env: Bargaining, agent: str) -> str:
+    """How the game goes and what is understood, as `Options.rules` adds it to a brief."""
+    others = join([name for name in env.agents if name != agent])
+    return how_to_talk(env.scenario.setting, others)

@@ -222,7 +222,7 @@ def brief(scenario: Scenario, seat: int, *, rules: bool = False) -> str:
         f"You are {setting.agents[seat]}, a {private.trait} {private.occupation}. "
         f"{_task(setting, others)} {_points(scenario, seat)} Secret limit: {private.limit}."
     )
-    return f"{text}\n{_rules(setting, others)}" if rules else text
+    return f"{text}\n{how_to_talk(setting, others)}" if rules else text
 
 
 def profile(scenario: Scenario, seat: int) -> AgentProfile:
@@ -264,7 +264,7 @@ def _points(scenario: Scenario, seat: int) -> str:
     return f"Points: {wishes}, middle half."
 
 
-def _rules(setting: Setting, others: str) -> str:
+def how_to_talk(setting: Setting, others: str) -> str:
     other = others.split(",")[0].split(" and ")[0]
     if not setting.counts:
         example = "I propose " + join([f"{OPTIONS[1]} {topic}" for topic in setting.topics])
