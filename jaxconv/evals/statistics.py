@@ -169,8 +169,10 @@ def _bootstrap_ratio(
         return Estimate(value, (value, value), n, unit)
     from scipy import stats
 
+    # BCa takes third powers, which vanish for small numbers. A power of two rounds nothing.
+    scale = np.exp2(np.frexp(np.max(np.abs(rates)))[1])
     interval = stats.bootstrap(
-        (totals, counts),
+        (totals / scale, counts),
         lambda total, count, axis=-1: total.sum(axis=axis) / count.sum(axis=axis),
         paired=True,
         vectorized=True,
@@ -180,4 +182,5 @@ def _bootstrap_ratio(
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(value, (float(interval.low), float(interval.high)), n, unit)
+    ends = (float(interval.low * scale), float(interval.high * scale))
+    return Estimate(value, ends, n, unit)

@@ -9,6 +9,8 @@ from jaxconv.envs import DIMENSIONS
 from jaxconv.evals import cross_play
 from jaxconv.evals.arena import Pairing
 from jaxconv.evals.cross_play import Study
+from jaxconv.evals.report import Report
+from jaxconv.evals.statistics import Estimate
 
 STUDY = Study(
     trained="trained",
@@ -180,3 +182,26 @@ def test_the_league_is_a_mean_over_seats_and_opponents(played):
     assert "league/trained" in report.results and "league/frozen" in report.baselines
     [note] = report.notes
     assert f"best mean score trained ({mean['trained']:.3f})" in note
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "ci95", "says"),
+    [
+        ("results", "gain/side_1", (-0.1, 0.5), "Not clear of zero: gain/side_1."),
+        ("results", "transfer/late", (-0.5, -0.1), "Wholly below zero: transfer/late."),
+        ("baselines", "null/overall", (0.1, 0.5), "differs from zero in null/overall"),
+        ("baselines", "sharper/overall", (1.5, 2.5), "alone explains the gain"),
+    ],
+)
+def test_what_speaks_against_a_gain_is_said(where, name, ci95, says):
+    def estimate(low, high):
+        return Estimate((low + high) / 2, (low, high), 10, "points")
+
+    sound = Report(
+        results={"gain/overall": estimate(0.5, 1.5), "gain/side_1": estimate(0.5, 1.0)},
+        baselines={"null/overall": estimate(-0.2, 0.1), "sharper/overall": estimate(0.2, 0.4)},
+    )
+    assert cross_play.doubts(sound) == []
+    getattr(sound, where)[name] = estimate(*ci95)
+    [note] = cross_play.doubts(sound)
+    assert says in note

@@ -13,6 +13,7 @@ from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic, ValueHead
 from jaxconv.recipes import omar
+from jaxconv.rollout.world import make_env
 from jaxconv.train.alarms import Alarms
 from jaxconv.train.config import load, override
 
@@ -67,6 +68,20 @@ def test_the_schedule_is_a_function_of_the_iteration(config):
     assert all(len(game.cast) == 2 and omar.LEARNER in game.cast for game in games)
     # Scripts sit in either seat.
     assert {game.cast.index(omar.LEARNER) for game in games} == {0, 1}
+
+
+def test_the_learner_sits_in_every_seat_among_scripts(config):
+    override(config, ["--config.env.players=(2,3)", "--config.self_play.games=300"])
+    env = make_env(config)
+    seats = {2: set(), 3: set()}
+    for game in omar.schedule(config, 0):
+        env.reset(game.seed)
+        assert len(game.cast) == len(env.agents)
+        own = [seat for seat, name in enumerate(game.cast) if name == omar.LEARNER]
+        assert len(own) in (1, len(game.cast))
+        if len(own) == 1:
+            seats[len(game.cast)] |= {own[0]}
+    assert seats == {2: {0, 1}, 3: {0, 1, 2}}
 
 
 def test_seeds_of_stages_and_of_runs_never_meet(config):

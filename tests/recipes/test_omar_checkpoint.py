@@ -27,7 +27,7 @@ VIEW = [
 CHANGED = {"self_play__iterations": 2, "warm_start__steps": 3, "warm_start__evaluate_every": 3}
 
 
-def tokenizer():
+def tokenizer(eos="<|im_end|>"):
     import tokenizers
     import transformers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -45,17 +45,17 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
+        eos_token=eos,
         extra_special_tokens=["<|im_start|>"],
         chat_template=CHATML,
     )
 
 
-def make_checkpoint(folder, family, dtype):
+def make_checkpoint(folder, family, dtype, eos="<|im_end|>"):
     """A random model of another shape than the config's own, as `transformers` saves it."""
     import transformers
 
-    words = tokenizer()
+    words = tokenizer(eos)
     config, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
@@ -102,11 +102,17 @@ def check_export(workdir, dtype):
 
 
 def test_from_a_bfloat16_checkpoint_to_one(tiny, tmp_path):
-    start = make_checkpoint(tmp_path / "start", "qwen2", torch.bfloat16)
+    # A base model: its end of text is not the end of a turn.
+    start = make_checkpoint(tmp_path / "start", "qwen2", torch.bfloat16, eos="<|endoftext|>")
     workdir = tmp_path / "run"
     done = tiny.run(workdir, model__path=start, **CHANGED)
     assert done.returncode == 0, done.stderr
     check_export(workdir, torch.bfloat16)
+    generation = json.loads((workdir / "export" / "generation_config.json").read_text())
+    words = tokenizer()
+    ends = words.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert generation["eos_token_id"] == ends
+    assert generation["do_sample"] and generation["temperature"] == 1.0
     # What was measured is what was exported: loaded again, it scores the same.
     again = tiny.run(workdir, "--eval_only", model__path=start, **CHANGED)
     assert again.returncode == 0, again.stderr

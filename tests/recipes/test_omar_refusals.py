@@ -44,11 +44,22 @@ def refused(tiny, arguments, capsys) -> str:
         ({"arena__script_games": 5}, "config.arena.script_games=5; it must be from 2 to"),
         ({"arena__script_games": 1}, "config.arena.script_games=1; it must be from 2 to"),
         ({"env__name": "chess"}, "environment is 'chess'; expected one of bargaining"),
-        ({"env__kinds": "('haggling',)"}, "kinds is ('haggling',); each must be one of"),
-        ({"env__players": "(1,)"}, "players is (1,); each must be 2 to 5"),
-        ({"env__turns": "(5, 3)"}, "turns is (5, 3)"),
+        ({"env__kinds": "('haggling',)"}, "config.env.kinds is ('haggling',); each must be one of"),
+        ({"env__players": "(1,)"}, "config.env.players is (1,); each must be 2 to 5"),
+        ({"env__turns": "(5, 3)"}, "config.env.turns is (5, 3); expected (fewest, most)"),
         ({"profile__steps": "7"}, "config.profile.steps='7'"),
         ({"quality__repeats": 1}, "config.quality.repeats=1; it must be at least 2"),
+        ({"model__family": "gpt"}, "config.model.family (model_type) is 'gpt'; it may be llama"),
+        ({"model__dtype": "float99"}, "config.model.dtype is 'float99'; it may be float32"),
+        ({"model__remat": "some"}, "config.model.remat is 'some'; it may be none"),
+        ({"model__num_kv_heads": 3}, "config.model.num_kv_heads is 3; it must divide"),
+        ({"model__num_heads": 16}, "config.model.num_heads=16; it must divide half of"),
+        ({"self_play__b2": 1.0}, "config.self_play.b2=1.0; it must be at least 0 and below 1"),
+        ({"self_play__schedule": "linear"}, "config.self_play.schedule='linear'; it may be"),
+        ({"arena__games": 1}, "config.arena.games=1; it must be at least 2"),
+        ({"rollout__leave": 0.0}, "config.rollout.leave=0.0; it must be above 0"),
+        ({"checkpoint__rollout_seconds": -1.0}, "config.checkpoint.rollout_seconds=-1.0"),
+        ({"loss__dual_clip": 0.5}, "config.loss.dual_clip is 0.5; it must be above 1, or 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -143,7 +154,8 @@ def test_checkpoints_that_cannot_be_started_from(spoil, checkpoint, tiny, tmp_pa
     workdir = tmp_path / "run"
     err = refused(tiny, tiny.arguments(workdir, model__path=checkpoint), capsys)
     assert line in err and (str(checkpoint) in err or "model_type" in err)
-    assert not (workdir / "metrics.jsonl").exists() and not (workdir / "export").exists()
+    # Nothing stays that would belong to another config once the mistake is mended.
+    assert [path.name for path in workdir.iterdir()] == [".lock"]
 
 
 def test_a_checkpoint_of_another_shape_in_the_workdir(tiny, copy, capsys):
