@@ -2,12 +2,14 @@
 
 tiny      a 0.14 M-parameter model from scratch on two-player bargaining: minutes on a laptop CPU.
 league    the same with two and three players, longer, then a round robin with every script.
-bargaining_qwen2.5_7b    a real model that reads the rules in its brief; for accelerators.
+bargaining_qwen2.5_0.5b    a real model that reads the rules in its brief; one accelerator of 24 GB.
+bargaining_qwen2.5_7b      the same with 7 B: about 142 GiB for training state on each device, since
+                           every device holds all of the model.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("tiny", "league", "bargaining_qwen2.5_7b")
+PRESETS = ("tiny", "league", "bargaining_qwen2.5_0.5b", "bargaining_qwen2.5_7b")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -153,10 +155,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         config.loss.kl_coef = 0.01
         config.arena.script_games = 96
         config.arena.league = True
-    elif preset == "bargaining_qwen2.5_7b":
+    elif preset.startswith("bargaining_qwen2.5_"):
+        config.model.path = {
+            "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+            "7b": "Qwen/Qwen2.5-7B-Instruct",
+        }[preset.removeprefix("bargaining_qwen2.5_")]
         config.env.kinds = ("division", "terms")
         config.env.rules = True
-        config.model.path = "Qwen/Qwen2.5-7B-Instruct"
         config.model.dtype = "bfloat16"
         config.model.remat = "full"
         config.warm_start.steps = 100
@@ -169,4 +174,5 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         config.self_play.iterations = 200
         config.self_play.learning_rate = 1e-6
         config.self_play.clip_norm = 1.0
+        config.checkpoint.every = 10
     return config

@@ -70,6 +70,13 @@ def test_the_schedule_is_a_function_of_the_iteration(config):
     assert {game.cast.index(omar.LEARNER) for game in games} == {0, 1}
 
 
+@pytest.mark.parametrize(
+    "preset", ["", ":tiny", ":league", ":bargaining_qwen2.5_0.5b", ":bargaining_qwen2.5_7b"]
+)
+def test_every_preset_is_accepted(preset):
+    omar.check(load(f"configs/omar.py{preset}").config)
+
+
 def test_the_learner_sits_in_every_seat_among_scripts(config):
     override(config, ["--config.env.players=(2,3)", "--config.self_play.games=300"])
     env = make_env(config)
