@@ -14,10 +14,12 @@ So a prefill needs no logits, and a turn's first token is sampled by the same co
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxconv.errors import Refused
 from jaxconv.models.config import DecoderConfig
@@ -25,6 +27,15 @@ from jaxconv.models.decode import DecodeWeights, prefill
 from jaxconv.rollout.burst import BurstLog, SlotState, decode_burst, give_turns, grow
 
 _prefill = jax.jit(prefill, static_argnames=("config",), donate_argnames=("cache",))
+
+
+@functools.cache
+def _silent(config: DecoderConfig, slots: int, length: int, device: jax.Device):
+    """One program that makes fresh slots on a device: several times as quick as array by array."""
+    return jax.jit(
+        lambda: SlotState.silent(config, slots, length),
+        out_shardings=SingleDeviceSharding(device),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +180,7 @@ class Engine:
     def reset(self) -> None:
         """Frees every slot and forgets everything but the weights."""
         b = self.shape.slots
-        self._state = jax.device_put(
-            SlotState.silent(self.config, b, self.shape.lengths[0]), self.device
-        )
+        self._state = _silent(self.config, b, self.shape.lengths[0], self.device)()
         self._free = list(range(b - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         self._waiting: list[int] = []
