@@ -31,7 +31,7 @@ from jaxconv.rollout import settings
 from jaxconv.rollout.quality import QualityRules, review
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
 from jaxconv.rollout.summary import speeds, summarise
-from jaxconv.rollout.terminal import TerminalPlayer
+from jaxconv.rollout.terminal import talk
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.rollout.world import (
     SEEDS_OF_A_RUN,
@@ -480,34 +480,7 @@ def evaluate(config, workdir: Workdir) -> Report:
 
 def chat(config, workdir: Workdir) -> None:
     """`--chat`: a person takes the first seat against the exported checkpoint."""
-    world, trained = exported(config, workdir)
-    person = TerminalPlayer()
-    table = SelfPlay(
-        partial(make_env, config),
-        lambda name, env, agent, seed: person.sit_down(
-            agent, envs.rules(config.env.name, env, agent)
-        ),
-        world.template,
-        {TRAINED: world.engines(trained)},
-        turn_budget=config.rollout.turn_budget,
-        concurrent=1,
-    )
-    seed = Random().randrange(1 << 24)
-    while True:
-        [played] = table.play([Game(seed, seed, ("you", TRAINED))])
-        own = max((i for i, (seat, _) in enumerate(played.transcript) if seat == 0), default=-1)
-        for seat, text in played.transcript[own + 1 :]:
-            person.hear(played.agents[seat], text)
-        misread = played.valid[0].count(False)
-        outcome = played.infos[0]
-        person.read(f"{outcome.get('end', 'cut')}: you scored {outcome.get('overall', 0):.2f}")
-        for name, value in outcome.get("dimensions", {}).items():
-            person.read(f"  {name} {value:.1f}")
-        if misread:
-            person.read(f"  {misread} of your {len(played.valid[0])} turns were not understood")
-        if input("\nAgain? [y/N] ").strip().lower() != "y":
-            return
-        seed += 1
+    talk(*exported(config, workdir))
 
 
 def exported(config, workdir: Workdir) -> tuple[World, ActorCritic]:

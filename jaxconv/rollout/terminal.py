@@ -1,8 +1,16 @@
 """A person at the keyboard as a player."""
 
 from collections.abc import Sequence
+from functools import partial
+from random import Random
 
+from jaxconv import envs
 from jaxconv.data.conversation import Message
+from jaxconv.models.heads import ActorCritic
+from jaxconv.rollout.selfplay import Game, SelfPlay
+from jaxconv.rollout.world import World, make_env
+
+_PERSON, _MODEL = "person", "model"
 
 
 class TerminalPlayer:
@@ -43,6 +51,36 @@ class TerminalPlayer:
 
     def load_state_dict(self, state: dict) -> None:
         """A person remembers."""
+
+
+def talk(world: World, model: ActorCritic) -> None:
+    """Lets a person in the first seat play one game after another against a model."""
+    config, person = world.config, TerminalPlayer()
+    table = SelfPlay(
+        partial(make_env, config),
+        lambda name, env, agent, seed: person.sit_down(
+            agent, envs.rules(config.env.name, env, agent)
+        ),
+        world.template,
+        {_MODEL: world.engines(model)},
+        turn_budget=config.rollout.turn_budget,
+        concurrent=1,
+    )
+    seed = Random().randrange(1 << 24)
+    while True:
+        [played] = table.play([Game(seed, seed, (_PERSON, _MODEL))])
+        own = max((i for i, (seat, _) in enumerate(played.transcript) if seat == 0), default=-1)
+        for seat, text in played.transcript[own + 1 :]:
+            person.hear(played.agents[seat], text)
+        outcome = played.infos[0]
+        person.read(f"{outcome.get('end', 'cut')}: you scored {outcome.get('overall', 0):.2f}")
+        for name, value in outcome.get("dimensions", {}).items():
+            person.read(f"  {name} {value:.1f}")
+        if misread := played.valid[0].count(False):
+            person.read(f"  {misread} of your {len(played.valid[0])} turns were not understood")
+        if input("\nAgain? [y/N] ").strip().lower() != "y":
+            return
+        seed += 1
 
 
 def _shown(text: str) -> str:
