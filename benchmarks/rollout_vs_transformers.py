@@ -5,8 +5,8 @@
 Both sides hold the same weights (exported by `save_pretrained`, loaded by `AutoModelForCausalLM`),
 take the same batch and sample at temperature 1 with no end token. Each has a process of its own, so
 that neither's waiting threads slow the other; rounds are interleaved, so that other work on the
-machine disturbs both alike; the table shows medians. We run one engine on each core; the peer runs
-with the number of threads that is fastest for it, and does what its API offers: static batches, one
+machine disturbs both alike; the table shows medians. We run one engine on each core, each
+driven by a thread; the peer runs with the number of threads that is fastest for it, and does what its API offers: static batches, one
 `generate` a turn with a key-value cache inside the call, and the whole history again at every turn.
 The engine keeps the cache of a conversation between its turns.
 First both sides decode greedily, and unless 99 % of their tokens agree nothing is measured.
@@ -103,27 +103,29 @@ class Ours:
     def __call__(self, words: np.ndarray) -> np.ndarray:
         """Sampled tokens [turns, BATCH, said]."""
         out = np.zeros((self.turns, BATCH, self.said), np.int32)
-        row, turn = {}, {}
-        for e, engine in enumerate(self.engines):
-            engine.reset()
-            for _ in range(engine.shape.slots):
-                slot = engine.open(len(row))
-                row[e, slot], turn[e, slot] = len(row), 0
-                engine.say(slot, words[0, row[e, slot]].tolist(), self.said)
-        while any(engine.speaking for engine in self.engines):
-            for engine in self.engines:
-                if engine.speaking and not engine.flying:
-                    engine.dispatch()
-            for e, engine in enumerate(self.engines):
-                for done in engine.collect() if engine.flying else ():
-                    at = e, done.slot
-                    out[turn[at], row[at]] = done.tokens
-                    turn[at] += 1
-                    if turn[at] < self.turns:
-                        engine.say(done.slot, words[turn[at], row[at]].tolist(), self.said)
-                if engine.speaking:
-                    engine.dispatch()  # before the other engines are read: every core stays busy
+        first_rows = range(0, BATCH, BATCH // len(self.engines))
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(
+                threads.map(lambda e, row: self._play(e, row, words, out), self.engines, first_rows)
+            )
         return out
+
+    def _play(self, engine: Engine, first_row: int, words: np.ndarray, out: np.ndarray) -> None:
+        """The conversations of one engine, from row `first_row` of the batch on."""
+        engine.reset()
+        row, turn = {}, {}
+        for at in range(first_row, first_row + engine.shape.slots):
+            slot = engine.open(at)
+            row[slot], turn[slot] = at, 0
+            engine.say(slot, words[0, at].tolist(), self.said)
+        while engine.speaking:
+            engine.dispatch()
+            for done in engine.collect():
+                slot = done.slot
+                out[turn[slot], row[slot]] = done.tokens
+                turn[slot] += 1
+                if turn[slot] < self.turns:
+                    engine.say(slot, words[turn[slot], row[slot]].tolist(), self.said)
 
 
 class Peer:
