@@ -5,10 +5,10 @@
 Both sides hold the same weights (exported by `save_pretrained`, loaded by `AutoModelForCausalLM`),
 take the same batch and sample at temperature 1 with no end token. Each has a process of its own, so
 that neither's waiting threads slow the other; rounds are interleaved, so that other work on the
-machine disturbs both alike; the table shows medians. We run one engine on each core, each
-driven by a thread; the peer runs with the number of threads that is fastest for it, and does what its API offers: static batches, one
-`generate` a turn with a key-value cache inside the call, and the whole history again at every turn.
-The engine keeps the cache of a conversation between its turns.
+machine disturbs both alike; the table shows medians. We run one engine on each core, each driven by
+a thread, and keep the cache of a conversation between its turns; the peer runs with the number of
+threads that is fastest for it, and does what its API offers: static batches, one `generate` a turn
+with a key-value cache inside the call, and the whole history again at every turn.
 First both sides decode greedily, and unless 99 % of their tokens agree nothing is measured.
 
 Needs the `parity` extra. Writes `benchmarks/results/rollout_cpu.json`.
