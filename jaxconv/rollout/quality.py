@@ -25,25 +25,24 @@ class QualityRules:
     min_logprob: float = -4.0
 
 
-REASONS = ("empty", "repetition", "gibberish", "unfinished")
+REASONS = ("empty", "repetition", "gibberish")
 
 
-def degenerate(
-    text: str, logprobs: Sequence[float], ended: bool, rules: QualityRules
-) -> str | None:
+def degenerate(text: str, logprobs: Sequence[float], rules: QualityRules) -> str | None:
     """One of `REASONS`, or None for a turn that passes.
+
+    A turn that was cut at its budget passes: what it costs in the environment has to be felt. With
+    the unfinished ones left out, long turns would be credited whenever they come to an end and
+    never blamed, and grow.
 
     Args:
         text: the words.
         logprobs: of the sampled tokens, nats.
-        ended: whether the turn sampled its end token.
         rules: thresholds.
     """
     words = text.split()
     if not words:
         return "empty"
-    if not ended:
-        return "unfinished"
     n = rules.repeated_ngram
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     if any(grams.count(gram) >= rules.repeats for gram in set(grams)):
@@ -56,8 +55,9 @@ def degenerate(
 def review(
     games: Sequence[Played], end_token: int, rules: QualityRules
 ) -> tuple[list[list[list[bool]]], dict[str, float]]:
-    """Verdicts [game][seat][turn] on every sampled turn, and the share of turns per reason."""
-    counts = dict.fromkeys(REASONS, 0)
+    """Verdicts [game][seat][turn] on every sampled turn, and the share of turns per reason and of
+    those that were cut ("unfinished"), which pass."""
+    counts = dict.fromkeys((*REASONS, "unfinished"), 0)
     turns = 0
     verdicts = []
     for game in games:
@@ -69,10 +69,10 @@ def review(
                 reason = degenerate(
                     game.texts[seat][turn],
                     [stream.logprob[i] for i in at],
-                    stream.tokens[at[-1]] == end_token,
                     rules,
                 )
                 turns += 1
+                counts["unfinished"] += stream.tokens[at[-1]] != end_token
                 kept.append(reason is None)
                 if reason:
                     counts[reason] += 1

@@ -11,21 +11,20 @@ END = 1
 
 
 @pytest.mark.parametrize(
-    ("text", "logprobs", "ended", "reason"),
+    ("text", "logprobs", "reason"),
     [
-        ("I want 3 books", [-0.5, -1.0], True, None),
-        ("", [-0.5], True, "empty"),
-        (" \n", [-0.5], True, "empty"),
-        ("I want 3 books", [-0.5], False, "unfinished"),
-        ("a b a b a b", [-0.5], True, "repetition"),
-        ("a b a b c a", [-0.5], True, None),  # twice only
-        ("a a a a", [-0.5], True, "repetition"),
-        ("xq zv", [-1.0, -3.5], True, "gibberish"),
-        ("xq zv", [-1.0, -3.0], True, None),  # a mean of just -2
+        ("I want 3 books", [-0.5, -1.0], None),
+        ("", [-0.5], "empty"),
+        (" \n", [-0.5], "empty"),
+        ("a b a b a b", [-0.5], "repetition"),
+        ("a b a b c a", [-0.5], None),  # twice only
+        ("a a a a", [-0.5], "repetition"),
+        ("xq zv", [-1.0, -3.5], "gibberish"),
+        ("xq zv", [-1.0, -3.0], None),  # a mean of just -2
     ],
 )
-def test_a_turn_is_flagged_for_one_reason(text, logprobs, ended, reason):
-    assert degenerate(text, logprobs, ended, RULES) == reason
+def test_a_turn_is_flagged_for_one_reason(text, logprobs, reason):
+    assert degenerate(text, logprobs, RULES) == reason
 
 
 def played(*turns: tuple[str, list[int], list[float]]) -> Played:
@@ -55,9 +54,10 @@ def test_verdicts_stand_beside_sampled_turns_alone():
         played(("cut off", [5, 6], [-0.1, -0.1]), ("xq", [7, END], [-9.0, -0.1])),
     ]
     verdicts, shares = review(games, END, RULES)
-    assert verdicts == [[[True, False], []], [[False, False], []]]
+    # What was cut at its budget is counted, but keeps its credit and so its cost.
+    assert verdicts == [[[True, False], []], [[True, False], []]]
     assert shares == {"empty": 0.25, "repetition": 0, "gibberish": 0.25, "unfinished": 0.25}
-    assert set(shares) == set(REASONS)
+    assert set(shares) == {*REASONS, "unfinished"}
 
 
 def test_a_stream_refuses_records_that_do_not_match():
