@@ -375,7 +375,7 @@ def table(results: Mapping) -> Iterator[str]:
                 shown([r["gain"]["value"] for r in mine.values()]),
                 *versus,
                 shown(curve),
-                f"{np.mean(explained):.2f} |" if explained else "– |",
+                f"{np.median(explained):.2f} |" if explained else "– |",
             ]
         )
 
