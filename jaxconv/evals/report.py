@@ -200,10 +200,15 @@ def learning_curves(
 def escape(text: str) -> str:
     """`text` so that Markdown shows it literally: no markup, no HTML, no broken table cell.
 
-    Line ends become `<br>`, so that a text of several lines stays in its cell.
+    Line ends become `<br>`, so that a text of several lines stays in its cell. What has a meaning
+    only at the beginning of a block (lists, headings, rules) is left alone elsewhere, so that
+    numbers stay readable in the source.
     """
     literal = html.escape(text, quote=False)
-    literal = re.sub(r"([\\`*_{}\[\]()#+\-.!|~>])", r"\\\1", literal)
+    literal = re.sub(r"([\\`*_\[\]|~])", r"\\\1", literal)
+    literal = re.sub(r"(?<=[^\W_])\\_(?=[^\W_])", "_", literal)  # no emphasis inside a word
+    literal = re.sub(r"^(\s*)((?:[+-]|#{1,6})(?=\s|$)|--)", r"\1\\\2", literal)
+    literal = re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", literal)
     return re.sub(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", "<br>", literal)
 
 
