@@ -80,8 +80,8 @@ def test_hostile_words_stay_words(workdir, played):
     assert len(tables) == 3 * (2 + 2)  # three games: header, rule and the longer one's two turns
     bars = [line.replace("\\|", "").count("|") for line in tables]
     assert set(bars) == {3}
-    assert "deal; score agent0 3.00, agent1 4.00".replace(".", "\\.") in section
-    assert "limit; score agent0 1.00" in section.replace("\\", "")
+    assert "deal; score agent0 3.00, agent1 4.00" in section
+    assert "limit; score agent0 1.00" in section
 
 
 def test_a_cut_game_is_shown_as_cut(played):
