@@ -154,6 +154,10 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
     mesh.split_cpu()
     writer = _join_processes(values)
     path = Path(values.workdir or f"runs/{loaded.name}-{loaded.preset}")
+    if values.eval_only or values.chat:
+        _offered(recipe, "chat" if values.chat else "evaluate", loaded.config)
+        if not path.exists():
+            raise Refused(f"--workdir={path} holds no run yet; train one first")
     if writer:
         if values.overwrite:
             remove(path)
@@ -166,7 +170,9 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
     workdir = held[0]
 
     if values.eval_only or values.chat:
-        function = _offered(recipe, "chat" if values.chat else "evaluate", loaded.config, workdir)
+        function = _offered(recipe, "chat" if values.chat else "evaluate", loaded.config)
+        if workdir.read_identity() is None:
+            raise Refused(f"--workdir={workdir.path} holds no run yet; train one first")
         return (_chat if values.chat else _evaluate)(function, loaded.config, workdir)
     if (status := _finished(workdir)) is not None:
         return status
@@ -177,7 +183,7 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
             return _train(recipe, loaded.config, workdir)
     except Refused:
         if fresh and workdir.is_writer:
-            workdir.clear()  # so that the mended command does not find another config's folder
+            workdir.discard()  # so that the mended command does not find another config's folder
         raise
 
 
@@ -289,14 +295,12 @@ def _train(recipe: Any, config: Any, workdir: Workdir) -> int:
     return _show(_write_report(report, workdir), workdir)
 
 
-def _offered(recipe: Any, name: str, config: Any, workdir: Workdir) -> Any:
-    """What a recipe offers besides `run`, for a workdir that it can be used on."""
+def _offered(recipe: Any, name: str, config: Any) -> Any:
+    """What a recipe offers besides `run`."""
     function = getattr(recipe, name, None)
     if function is None:
         flag = {"evaluate": "--eval_only", "chat": "--chat"}[name]
         raise Refused(f"{flag}: recipe {config.recipe!r} does not have it")
-    if workdir.read_identity() is None:
-        raise Refused(f"--workdir={workdir.path} holds no run yet; train one first")
     return function
 
 

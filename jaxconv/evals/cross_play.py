@@ -98,7 +98,8 @@ def evaluate(study: Study, results: Results) -> Report:
 
 
 def doubts(report: Report) -> list[str]:
-    """What speaks against the gain, in words; nothing where all controls are as they should be."""
+    """What a reader of the gain should know, in words; nothing where all controls are as they
+    should be and no script does better."""
     out = []
     gains = {n: e for n, e in report.results.items() if n.startswith("gain/")}
     unclear = [name for name, gain in gains.items() if not gain.ci95[0] > 0]
@@ -116,6 +117,16 @@ def doubts(report: Report) -> list[str]:
         out.append(
             f"The frozen model against itself differs from zero in {', '.join(shifted)}; of 95 % "
             "intervals one in twenty does by chance."
+        )
+    better = [
+        f"{name.removeprefix('script/')} ({script.value:+.2f})"
+        for name, script in report.baselines.items()
+        if name.startswith("script/") and gains and script.value > gains["gain/overall"].value
+    ]
+    if better:
+        out.append(
+            f"The trained model gains {gains['gain/overall'].value:+.2f} over its frozen start in "
+            f"the same seat; in its place do better: {', '.join(better)}."
         )
     sharper = report.baselines.get("sharper/overall")
     if sharper and gains and sharper.value >= gains["gain/overall"].value:

@@ -8,9 +8,19 @@ from jaxconv.rollout.selfplay import Played
 from jaxconv.train import atomic, metrics
 from jaxconv.train.workdir import Workdir
 
+READING = """`gain/*`, `payoff`, `deal` and `dimension/*` are differences: the trained model in one
+seat and its frozen start in all others, minus the frozen start in every seat, on the same episodes.
+`versus/*` (scripts that training has met) and `transfer/*` (scripts that it has not) are the
+trained model minus its frozen start against that script. `null/*` is the frozen game against itself
+sampled anew, `sharper/*` the frozen model at a lower temperature and `script/*` a script in the
+trained model's place. `invalid/*` and `deal_rate/*` are rates. Intervals are over episodes of one
+training run.
+"""
+
 
 def add_training(report: Report, workdir: Workdir) -> None:
-    """Learning curves as a picture, and the speed of the run's later half."""
+    """How to read the numbers, learning curves as a picture, the speed of the run's later half."""
+    report.sections = {"How to read these numbers": READING, **report.sections}
     warm = metrics.read(workdir, "warm_start")
     play = metrics.read(workdir, "self_play")
 
@@ -40,7 +50,10 @@ def add_training(report: Report, workdir: Workdir) -> None:
                 "entropy, nats a token": curve(play, "policy/entropy"),
                 "KL to the warm start, nats a token": curve(play, "policy/kl_ref"),
             },
-            "critic": {"explained variance": curve(play, "critic/explained_variance")},
+            "critic, explained variance of returns": {
+                "each token": curve(play, "critic/explained_variance"),
+                "first token of turns": curve(play, "critic/explained_variance_turn"),
+            },
         }
         late = play[len(play) // 2 :]
         for name, unit in (
@@ -87,11 +100,13 @@ def write_model_card(workdir: Workdir, config, report: Report) -> None:
     """`export/README.md`: what the checkpoint is, how it was made, what was measured."""
     if not workdir.is_writer:
         return
+    shown = ("gain/", "transfer/", "dimension/", "invalid/", "null/", "sharper/", "script/")
     rows = "".join(
         f"| {escape(name)} | {estimate} |\n"
-        for name, estimate in report.results.items()
-        if name.startswith(("gain/", "transfer/", "dimension/", "invalid/"))
+        for name, estimate in (report.results | report.baselines).items()
+        if name.startswith(shown)
     )
+    notes = "".join(f"- {escape(note)}\n" for note in report.notes)
     base = escape(config.model.path) or "none: trained from random weights"
     text = f"""---
 library_name: transformers
@@ -118,6 +133,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/export")
 model = AutoModelForCausalLM.from_pretrained("path/to/export")
+messages = [
+    {{"role": "system", "content": "You are Ann, ..."}},
+    {{"role": "user", "content": "Bob: I would like two books."}},
+]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+said = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(said, skip_special_tokens=True))
 ```
 
 The system message is the agent's brief, user messages are what the others say ("Bob: ..."), the
@@ -129,6 +153,8 @@ measurements.
 | what | value, 95 % interval |
 | --- | --- |
 {rows}
+{notes}
+{READING}
 Scores come from a deterministic evaluator of a synthetic world; they say nothing about people. The
 model was trained to bargain and may mislead, refuse or repeat itself.
 """

@@ -23,6 +23,7 @@ from jaxconv.models.safetensors_io import (
     files_below,
     open_checkpoint,
     read_json,
+    save_tensors,
     write_json,
     write_tensors,
 )
@@ -118,13 +119,11 @@ def save_pretrained(
 
 def save_value_head(head: ValueHead, folder: str | os.PathLike[str]) -> None:
     """Writes `value_head.safetensors` (float32) into an existing folder, whole or not at all."""
-    from safetensors.numpy import save_file
-
     path = Path(folder) / _VALUE_HEAD
     partial = path.with_name(f".{_VALUE_HEAD}.partial")
     tensors = {name: make() for name, _, make in _checkpoint_tensors(head, "float32")}
     try:
-        save_file(tensors, partial, {"format": "pt"})
+        save_tensors(tensors, partial)
         _sync(partial)
         partial.replace(path)
     except Exception as error:

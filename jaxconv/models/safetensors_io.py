@@ -1,7 +1,7 @@
 """Checkpoint tensors on disk: single or sharded safetensors files, checked before they are read."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,6 @@ def write_tensors(
         tensors: (name, bytes, function that returns the array) in the order of the files.
         max_shard_bytes: a shard closes before it would pass this; one tensor is never split.
     """
-    from safetensors.numpy import save_file
-
     shards: list[list[tuple[str, Any]]] = [[]]
     sizes = [0]
     for name, size, make in tensors:
@@ -118,8 +116,18 @@ def write_tensors(
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
     for file, shard in zip(names, shards, strict=True):
-        # transformers reads only files that name a framework.
-        save_file({name: make() for name, make in shard}, folder / file, {"format": "pt"})
+        save_tensors({name: make() for name, make in shard}, folder / file)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Writes one safetensors file that whoever may read the user's other files may read too."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # the library would make it private
+    # transformers reads only files that name a framework.
+    save_file(dict(tensors), path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def read_json(path: Path) -> dict[str, Any]:

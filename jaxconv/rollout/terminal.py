@@ -76,8 +76,11 @@ def talk(world: World, model: ActorCritic) -> None:
         person.read(f"{outcome.get('end', 'cut')}: you scored {outcome.get('overall', 0):.2f}")
         for name, value in outcome.get("dimensions", {}).items():
             person.read(f"  {name} {value:.1f}")
-        if misread := played.valid[0].count(False):
-            person.read(f"  {misread} of your {len(played.valid[0])} turns were not understood")
+        for agent, info in list(zip(played.agents, played.infos, strict=True))[1:]:
+            person.read(f"{agent} scored {info.get('overall', 0):.2f}")
+        for text, valid in zip(played.texts[0], played.valid[0], strict=True):
+            if not valid:
+                person.read(f"Not understood, so it did nothing: {text}")
         if input("\nAgain? [y/N] ").strip().lower() != "y":
             return
         seed += 1

@@ -13,11 +13,13 @@ class Alarms:
     def sound(self, metrics: dict[str, float], limits) -> str | None:
         """Why to stop, or None."""
         now = metrics["policy/entropy"]
-        self.entropy = now if self.entropy is None else self.entropy
+        # 0 means that no turn counted: the quality filter left all of them out.
+        if self.entropy is None and now > 0:
+            self.entropy = now
         self.flat = self.flat + 1 if metrics["reward/std"] < limits.reward_std_low else 0
-        if now > limits.entropy_high * self.entropy:
+        if now > 0 and now > limits.entropy_high * self.entropy:
             return f"entropy rose from {self.entropy:.3g} to {now:.3g} nats a token"
-        if now < limits.entropy_low * self.entropy:
+        if now > 0 and now < limits.entropy_low * self.entropy:
             return f"entropy fell from {self.entropy:.3g} to {now:.3g} nats a token"
         if metrics["game/truncated"] > limits.truncated_high:
             return f"{metrics['game/truncated']:.1%} of the games outgrew the cache"

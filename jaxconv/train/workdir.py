@@ -70,15 +70,10 @@ class Workdir:
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         self._lock = lock
 
-    def clear(self) -> None:
-        """Removes everything in the folder; it stays held."""
-        for entry in self.path.iterdir():
-            if entry.name == ".lock":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+    def discard(self) -> None:
+        """Removes the folder and frees it."""
+        shutil.rmtree(self.path)
+        self.close()
 
     def close(self) -> None:
         """Frees the lock. The end of the process does the same."""

@@ -191,6 +191,7 @@ def test_the_league_is_a_mean_over_seats_and_opponents(played):
         ("results", "transfer/late", (-0.5, -0.1), "Wholly below zero: transfer/late."),
         ("baselines", "null/overall", (0.1, 0.5), "differs from zero in null/overall"),
         ("baselines", "sharper/overall", (1.5, 2.5), "alone explains the gain"),
+        ("baselines", "script/fair", (1.0, 2.0), "in its place do better: fair (+1.50)."),
     ],
 )
 def test_what_speaks_against_a_gain_is_said(where, name, ci95, says):

@@ -105,6 +105,6 @@ def test_the_model_card_tells_what_was_measured(workdir, config):
     card = (workdir.export / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| gain/overall | 0.5 [0.25, 0.75] points (n=512) |" in card
-    assert "payoff" not in card
+    assert "| payoff" not in card and "model.generate(**inputs)" in card
     assert "<b>" not in card and "&lt;b&gt;" in card
     assert f"{config.self_play.iterations} iterations of\n  {config.self_play.games} games" in card

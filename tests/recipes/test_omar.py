@@ -55,6 +55,14 @@ def test_flat_rewards_sound_the_alarm_the_third_time_in_a_row():
     assert sound(again, std=0.02) == "the spread of rewards fell to 0.02"
 
 
+def test_an_iteration_without_a_turn_that_counts_has_no_entropy():
+    alarms = Alarms()
+    assert sound(alarms, entropy=0.0) is None and alarms.entropy is None
+    assert sound(alarms, entropy=1.0) is None and alarms.entropy == 1.0
+    assert sound(alarms, entropy=0.0) is None
+    assert "rose from 1 to 3" in sound(alarms, entropy=3.0)
+
+
 def test_the_schedule_is_a_function_of_the_iteration(config):
     override(config, ["--config.self_play.games=400", "--config.self_play.script_share=0.3"])
     games = omar.schedule(config, 2)

@@ -111,7 +111,7 @@ def test_killed_and_stopped_at_random_moments(tiny, finished, tmp_path):
         process = tiny.start(["-m", "jaxconv.launch", *tiny.arguments(workdir)])
         while not (workdir / "config.json").exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0.5, 8))
+        time.sleep(rng.uniform(0.2, 2))
         kind = signal.SIGTERM if attempt % 3 == 2 else signal.SIGKILL
         process.send_signal(kind)
         _, err = process.communicate(timeout=120)
