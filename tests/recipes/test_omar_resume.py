@@ -33,7 +33,7 @@ def test_the_whole_recipe_leaves_what_it_promises(finished):
     assert report["status"] == "done"
     assert {"compile_s", "lower_s"} <= report["compile"].keys()
     text = (finished / "report.md").read_text()
-    assert "![Learning curves](curves.png)" in text and "## Cross\\-play, 2 players" in text
+    assert "![Learning curves](curves.png)" in text and "## Cross-play, 2 players" in text
 
 
 def test_stopped_and_killed_runs_end_as_undisturbed_ones(tiny, finished, tmp_path):
