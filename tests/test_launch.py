@@ -225,7 +225,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 
 
 def test_killed_at_any_moment_the_result_and_the_metrics_are_those_of_one_run():
-    arguments = ["--config.steps=30", "--config.size=100000", "--config.pause=0.01"]
+    arguments = ["--config.steps=30", "--config.size=100000", "--config.pause=0.08"]
     assert launch.main([_CONFIG, "--workdir=whole", *arguments]) == 0
     rng = random.Random(0)
     kills = 0
