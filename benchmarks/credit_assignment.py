@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from relay_world import Relay, scripted_episode
 
+from jaxconv.data.plan import plan_counted
 from jaxconv.data.template import take_apart
 from jaxconv.data.tokenizer import train_tokenizer
 from jaxconv.data.trajectories import Trajectories
@@ -45,7 +46,7 @@ from jaxconv.train.optimizer import make_optimizer, make_schedule
 from jaxconv.train.ppo import PPO, Credit, Minibatching
 from jaxconv.train.state import TrainState
 from jaxconv.train.update import make_update
-from jaxconv.train.warm_start import Example, minibatch, pack_examples, warm_start_loss
+from jaxconv.train.warm_start import Example, pack_examples, warm_start_loss
 
 RESULTS = Path(__file__).parent / "results" / "credit_assignment.json"
 DEFAULT = "first, λ_turn .95"
@@ -195,10 +196,18 @@ class Bench:
         update = make_update(loss, optimizer, mesh)
         model = replicate(ActorCritic(decoder, ValueHead(s.embed_dim, mean)), mesh)
         state = TrainState.create(model, optimizer)
-        for step in range(s.warm_start_steps):
-            chosen = list(minibatch(examples, step, s.warm_start_streams, seed))
+        placements = plan_counted(
+            [len(e.tokens) for e in examples],
+            examples=s.warm_start_streams,
+            rows_multiple=s.rows,
+            width=s.width,
+            seed=seed,
+            steps=s.warm_start_steps,
+        )
+        for placement in placements:
+            chosen = [examples[i] for i in placement.records]
             batch, count = pack_examples(chosen, width=s.width, rows=s.rows, multiple=4)
-            state, _, _ = update(state, share_rows(batch, mesh), np.int32(count))
+            state, _ = update(state, share_rows(batch, mesh), np.int32(count))
         return state.model
 
     def self_play(self, warm: ActorCritic, credit: Credit, seed: int) -> tuple[ActorCritic, dict]:
@@ -217,7 +226,7 @@ class Bench:
             trajectories = to_trajectories(
                 played, keep, ["relay"], pad_streams=64, pad_tokens=64, pad_turns=8
             )
-            state, metrics = ppo.iterate(
+            state, metrics, _ = ppo.iterate(
                 state,
                 trajectories,
                 reference=None,

@@ -38,6 +38,7 @@ import jaxconv
 from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decode import unstack
 from jaxconv.models.decoder import Decoder
+from jaxconv.models.device_group import DeviceGroup
 from jaxconv.models.hf import save_pretrained
 from jaxconv.rollout.engine import Engine, EngineShape, Sampling
 from jaxconv.train import compile_cache
@@ -92,7 +93,7 @@ class Ours:
                 stop_ids=[-1],
                 key=jax.random.key(0),
                 sampling=Sampling(temperature=temperature),
-                device=device,
+                group=DeviceGroup((device,)),
             )
             for device in devices
         ]

@@ -3,13 +3,26 @@
 tiny      a 0.14 M-parameter model from scratch on two-player bargaining: minutes on a laptop CPU.
 league    the same with two and three players, longer, then a round robin with every script.
 bargaining_qwen2.5_0.5b    a real model that reads the rules in its brief; one accelerator of 24 GB.
-bargaining_qwen2.5_7b      the same with 7 B: about 142 GiB for training state on each device, since
-                           every device holds all of the model.
+bargaining_qwen2.5_7b_lora an adapter on 7 B: about 30 GiB, and 15 GiB for the rollout's copy.
+bargaining_qwen2.5_7b, bargaining_qwen3_4b, bargaining_llama3.1_8b, bargaining_llama3.1_70b
+          all weights of a checkpoint, split over a slice, and engines over the chips of a host:
+          docs/topologies.md says which slice.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("tiny", "league", "bargaining_qwen2.5_0.5b", "bargaining_qwen2.5_7b")
+from jaxconv.train.sections import checkpoint, lora_section, mesh_section, model_section
+
+PRESETS = (
+    "tiny",
+    "league",
+    "bargaining_qwen2.5_0.5b",
+    "bargaining_qwen2.5_7b",
+    "bargaining_qwen2.5_7b_lora",
+    "bargaining_qwen3_4b",
+    "bargaining_llama3.1_8b",
+    "bargaining_llama3.1_70b",
+)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -35,23 +48,16 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     ):
         config.env.weights[dimension] = 1.0
 
-    config.model = ConfigDict()
-    config.model.path = ""  # a Hugging Face folder or hub id; "" makes the model below from scratch
-    config.model.family = "llama"
-    config.model.vocab_size = 512
-    config.model.embed_dim = 64
-    config.model.num_layers = 2
-    config.model.num_heads = 2
-    config.model.num_kv_heads = 2
-    config.model.mlp_dim = 192
-    config.model.dtype = "float32"  # of the computation; master weights are float32
-    config.model.remat = "none"  # "none", "dots" or "full"
+    config.model = model_section(vocab_size=512, num_heads=2)
+    config.lora = lora_section()
+    config.mesh = mesh_section()
 
     config.warm_start = ConfigDict()  # imitation of the scripted players
     config.warm_start.dialogues = 6000
     config.warm_start.held_out = 256  # further dialogues, for the held-out loss
     config.warm_start.steps = 800
     config.warm_start.streams = 64  # of one agent each, a step
+    config.warm_start.optimizer = "adamw"  # or "adafactor", "muon"
     config.warm_start.learning_rate = 4e-3
     config.warm_start.warmup = 50
     config.warm_start.b2 = 0.95
@@ -65,6 +71,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.rollout = ConfigDict()
     config.rollout.slots = 24  # of one engine
     config.rollout.engines = 4  # of one policy; agents of one game sit in different ones
+    config.rollout.tensor = 1  # devices that one engine spans, each with some of the heads
     config.rollout.lengths = (128, 256)  # cache lengths; the last is where a stream ends
     config.rollout.burst = 32  # most tokens of one dispatch
     config.rollout.leave = 0.75  # a burst leaves early when this share of its turns has ended
@@ -77,8 +84,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.self_play.iterations = 24
     config.self_play.games = 256  # an iteration
     config.self_play.script_share = 0.25  # of the games: one seat learns, scripts play the others
+    config.self_play.optimizer = "adamw"  # or "adafactor", "muon"
     config.self_play.learning_rate = 5e-4
-    config.self_play.schedule = "constant"  # or "cosine", to a tenth
+    config.self_play.schedule = "constant"  # or "cosine" (to a tenth), "linear" (to 0)
     config.self_play.warmup = 0
     config.self_play.b2 = 0.99
     config.self_play.weight_decay = 0.0
@@ -155,15 +163,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         config.loss.kl_coef = 0.01
         config.arena.script_games = 96
         config.arena.league = True
-    elif preset.startswith("bargaining_qwen2.5_"):
-        config.model.path = {
-            "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-            "7b": "Qwen/Qwen2.5-7B-Instruct",
-        }[preset.removeprefix("bargaining_qwen2.5_")]
+    elif preset.startswith("bargaining_"):
+        name = preset.removeprefix("bargaining_")
+        checkpoint(config, name.removesuffix("_lora"))
         config.env.kinds = ("division", "terms")
         config.env.rules = True
-        config.model.dtype = "bfloat16"
-        config.model.remat = "full"
         config.warm_start.steps = 100
         config.warm_start.learning_rate = 5e-6
         config.warm_start.rows = config.minibatching.rows = 8
@@ -175,4 +179,18 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         config.self_play.learning_rate = 1e-6
         config.self_play.clip_norm = 1.0
         config.checkpoint.every = 10
+        if name in ("qwen2.5_7b", "qwen3_4b", "llama3.1_8b", "llama3.1_70b"):
+            large = name == "llama3.1_70b"
+            config.mesh.strategy = "fsdp"
+            config.warm_start.rows = config.minibatching.rows = 128 if large else 32
+            config.minibatching.capacity = 2 if large else 1
+            config.rollout.tensor = 4  # the chips of a host
+            config.rollout.engines = 2  # of a host
+            config.rollout.slots = slots = 16 if large else 48
+            config.rollout.prefill_rows = (slots // 4, slots)
+    if preset.endswith("_lora"):
+        config.lora.rank = 16
+        config.lora.alpha = 32.0
+        config.warm_start.learning_rate = 1e-4
+        config.self_play.learning_rate = 2e-5
     return config

@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 refused input, 3 done in part, 4 stopped and re
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags, logging
 
+from jaxconv import compile_for, processes, recipes, storage
 from jaxconv.errors import Failed, Refused, Stopped
-from jaxconv.train import attempts, interrupt
+from jaxconv.perf import libtpu
+from jaxconv.train import attempts, clock, interrupt, shared_folder
 from jaxconv.train import config as configs
 from jaxconv.train.atomic import is_disk_full
 from jaxconv.train.workdir import Workdir, config_sha, remove
@@ -87,29 +90,46 @@ def _read_or_not() -> Iterator[None]:
 def _main(argv: list[str]) -> int:
     workdir: list[Workdir] = []
     try:
-        return _run(argv, workdir)
+        status, line = _run(argv, workdir), ""
     except Refused as error:
-        return _say(REFUSED, f"refused: {error}")
+        status, line = REFUSED, f"refused: {error}"
     except Stopped as error:
-        return _say(STOPPED, f"stopped: {error}; {_RESUME}")
+        status, line = STOPPED, f"stopped: {error}; {_RESUME}"
     except KeyboardInterrupt:
-        return _say(STOPPED, f"stopped; {_RESUME}")
+        status, line = STOPPED, f"stopped; {_RESUME}"
     except Exception as error:
-        return _say(FAILED, f"failed: {_explain(error, workdir[0] if workdir else None)}")
+        if processes.explains(error):
+            status, line = STOPPED, f"stopped: {_broken(error)}; {_RESUME}"
+        else:
+            status = FAILED
+            line = f"failed: {_explain(error, workdir[0] if workdir else None)}"
     finally:
         for held in workdir:
             held.close()
+    if line:
+        _say(line)
+    processes.leave(status, line)
+    return status
 
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     for define, name, default, text in (
         (flags.DEFINE_string, "config", None, "config file: configs/NAME.py[:PRESET]"),
-        (flags.DEFINE_string, "workdir", None, "folder of the run; runs/<config>-<preset> if none"),
+        (
+            flags.DEFINE_string,
+            "workdir",
+            None,
+            "folder of the run, also gs://… or s3://…; runs/<config>-<preset> if none",
+        ),
         (flags.DEFINE_bool, "print_config", False, "print the resolved config and leave"),
         (flags.DEFINE_bool, "overwrite", False, "remove what the workdir holds and start anew"),
         (flags.DEFINE_bool, "eval_only", False, "evaluate what the workdir exported, again"),
         (flags.DEFINE_bool, "chat", False, "talk to what the workdir exported"),
+        (flags.DEFINE_string, "compile_for", None, "compile the run for a TPU topology, and leave"),
+        (flags.DEFINE_bool, "suggest", False, "with --compile_for: find the fastest that fits"),
+        (flags.DEFINE_bool, "dry_run", False, "print what a run would take, by stage, and leave"),
+        (flags.DEFINE_bool, "retry_failed", False, "ask again for rows that were given up"),
         (flags.DEFINE_bool, "distributed", False, "start as one process of several"),
         (flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0, with --distributed"),
         (flags.DEFINE_integer, "process_count", None, "how many processes, with --distributed"),
@@ -135,6 +155,16 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
             f"unexpected argument {unparsed[0]!r}; it may be a flag such as --workdir=DIR"
         )
     _check_flags(values)
+    others = ("print_config", "compile_for", "dry_run", "eval_only", "chat")
+    trains = not any(values[name].value for name in others)
+    # From here on, so that no signal ends a process which others have begun to wait for, and one
+    # that comes while jax and the recipe are imported is one that the run can be resumed after.
+    with interrupt.catching() if trains else contextlib.nullcontext():
+        return _run_command(values, overrides, held)
+
+
+def _run_command(values: flags.FlagValues, overrides: list[str], held: list[Workdir]) -> int:
+    topology = values.compile_for and compile_for.prepare(values.compile_for)
     loaded = configs.load(values.config)
     configs.override(loaded.config, overrides)
     resolved = configs.resolved(loaded.config)
@@ -143,48 +173,106 @@ def _run(argv: list[str], held: list[Workdir]) -> int:
     if values.print_config:
         print(json.dumps(resolved, indent=2, ensure_ascii=False))
         return DONE
+    if topology:
+        fits = compile_for.run(
+            recipe, loaded, resolved, topology, values.workdir, suggest=values.suggest
+        )
+        return DONE if fits else FAILED
+    if values.dry_run:
+        path = _path(values, loaded)
+        place = storage.local_place(path) if storage.is_url(path) else Path(path)
+        for line in _offered(recipe, "dry_run", loaded.config)(loaded.config, place):
+            print(line)
+        return DONE
+    if values.retry_failed and not _retries(recipe):
+        raise Refused(f"--retry_failed: recipe {loaded.config.recipe!r} does not have it")
 
     # jax is imported and told what to do only now that the input has been accepted.
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every step at lower levels
     # transformers would say that it found no PyTorch, which nobody here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from jaxconv.train import compile_cache, mesh
+    libtpu.tell()
+    from jaxconv.train import compile_cache, host_memory, mesh
 
+    host_memory.keep()
     compile_cache.enable()
     mesh.split_cpu()
+    return _run_recipe(values, loaded, resolved, recipe, held)
+
+
+def _run_recipe(
+    values: flags.FlagValues,
+    loaded: Any,
+    resolved: dict[str, Any],
+    recipe: Any,
+    held: list[Workdir],
+) -> int:
+    """What the command line asks for, in one process or several."""
+    from jaxconv.models import kernels
+
     writer = _join_processes(values)
-    path = Path(values.workdir or f"runs/{loaded.name}-{loaded.preset}")
+    if "model" in loaded.config:
+        kernels.refuse_other_platforms(loaded.config.model.kernels)
+    path = _path(values, loaded)
     if values.eval_only or values.chat:
         _offered(recipe, "chat" if values.chat else "evaluate", loaded.config)
-        if not path.exists():
+        if not storage.is_url(path) and not Path(path).exists():
             raise Refused(f"--workdir={path} holds no run yet; train one first")
     if writer:
         if values.overwrite:
             remove(path)
         held.append(Workdir(path))
         if not (values.eval_only or values.chat):
-            _refuse_other_config(held[0], resolved)
-    _wait_for_process_0()
+            _refuse_other_config(held[0], resolved, getattr(recipe, "MAY_CHANGE", ()))
+    # Before process 0 has accepted the workdir, no other looks into it.
+    processes.barrier("jaxconv: workdir accepted")
     if not writer:
-        held.append(Workdir(path, writer=False))
+        held.append(Workdir(path, writer=False, process=processes.index()))
     workdir = held[0]
+    shared_folder.refuse_private(workdir)
+    processes.share_files(workdir.push, workdir.pull)
+    try:
+        return _in_workdir(values, loaded, resolved, recipe, workdir)
+    finally:
+        workdir.push()
+
+
+def _in_workdir(
+    values: flags.FlagValues,
+    loaded: Any,
+    resolved: dict[str, Any],
+    recipe: Any,
+    workdir: Workdir,
+) -> int:
+    """What the command line asks for, in a workdir that was accepted."""
 
     if values.eval_only or values.chat:
         function = _offered(recipe, "chat" if values.chat else "evaluate", loaded.config)
         if workdir.read_identity() is None:
-            raise Refused(f"--workdir={workdir.path} holds no run yet; train one first")
+            raise Refused(f"--workdir={workdir} holds no run yet; train one first")
         return (_chat if values.chat else _evaluate)(function, loaded.config, workdir)
-    if (status := _finished(workdir)) is not None:
+    identity = workdir.read_identity()
+    changed = configs.differences(identity["config"], resolved) if identity else []
+    again = values.retry_failed or bool(changed)
+    reported = tuple(f"config.{field}: " for field in getattr(recipe, "REPORTED", ()))
+    anew = any(difference.startswith(reported) for difference in changed)
+    with processes.process_0_first("jaxconv: the report before"):
+        status = _finished(workdir, again=again, anew=anew)
+    if status is not None:
         return status
-    fresh = workdir.read_identity() is None
+    fresh = identity is None
     workdir.write_identity(resolved, preset=loaded.preset)
     try:
-        with interrupt.catching():
-            return _train(recipe, loaded.config, workdir)
+        return _train(recipe, loaded.config, workdir, retry_failed=values.retry_failed)
     except Refused:
-        if fresh and workdir.is_writer:
-            workdir.discard()  # so that the mended command does not find another config's folder
+        # So that the mended command does not find another config's folder; nothing that was trained
+        # or asked of a model is lost.
+        kept = workdir.checkpoints.exists() or workdir.journal.exists()
+        if fresh and workdir.is_writer and not kept:
+            workdir.discard()
         raise
+    finally:
+        clock.end()
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -192,8 +280,18 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise Refused("--config is missing; it must be a config file, such as configs/omar.py")
     if values.eval_only and values.chat:
         raise Refused("--eval_only and --chat exclude each other")
+    if values.suggest and values.compile_for is None:
+        raise Refused("--suggest needs --compile_for=TOPOLOGY")
+    if values.compile_for is not None:
+        for name in ("dry_run", "overwrite", "eval_only", "chat", "distributed"):
+            if values[name].value:
+                raise Refused(f"--compile_for excludes --{name}")
     if values.overwrite and (values.eval_only or values.chat):
         raise Refused("--overwrite would remove what --eval_only and --chat need")
+    other = values.overwrite or values.eval_only or values.chat
+    for name in ("dry_run", "retry_failed"):
+        if values[name].value and other:
+            raise Refused(f"--{name} excludes --overwrite, --eval_only and --chat")
     parts = {name: values[name].value for name in ("coordinator", "process_count", "process_index")}
     given = [f"--{name}" for name, value in parts.items() if value is not None]
     if given and not values.distributed:
@@ -210,64 +308,61 @@ def _check_flags(values: flags.FlagValues) -> None:
         )
 
 
+def _path(values: flags.FlagValues, loaded: Any) -> str:
+    return values.workdir or f"runs/{loaded.name}-{loaded.preset}"
+
+
+def _retries(recipe: Any) -> bool:
+    return "retry_failed" in inspect.signature(recipe.run).parameters
+
+
 def _recipe(name: str) -> Any:
-    module = f"jaxconv.recipes.{name}"
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # Something that the recipe itself lacks is another matter.
-        if error.name != module:
-            raise
-    folder = Path(__file__).parent / "recipes"
-    known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    raise Refused(f"config.recipe={name!r}; it may be {', '.join(known)}")
+    if name not in recipes.RECIPES:
+        raise Refused(f"config.recipe={name!r}; it may be {', '.join(recipes.RECIPES)}")
+    return importlib.import_module(f"jaxconv.recipes.{name}")
 
 
 def _join_processes(values: flags.FlagValues) -> bool:
     """Joins the other processes where there are any; returns whether this one writes."""
-    import jax
-
     # What srun sets for each step; inside a plain batch script there is nobody to wait for.
     slurm_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if values.distributed or (slurm_tasks.isdecimal() and int(slurm_tasks) > 1):
-        jax.distributed.initialize(
-            coordinator_address=values.coordinator,
-            num_processes=values.process_count,
-            process_id=values.process_index,
-        )
-    return jax.process_index() == 0
+        processes.join(values.coordinator, values.process_count, values.process_index)
+        processes.watch(interrupt.noticed, interrupt.request)
+    return processes.index() == 0
 
 
-def _wait_for_process_0() -> None:
-    """Lets no process look into the workdir before process 0 has accepted it. If that one refuses,
-    it leaves, and the others fail at this barrier."""
-    import jax
-
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("jaxconv.launch: workdir accepted")
-
-
-def _refuse_other_config(workdir: Workdir, resolved: dict[str, Any]) -> None:
+def _refuse_other_config(
+    workdir: Workdir, resolved: dict[str, Any], may_change: Sequence[str]
+) -> None:
     identity = workdir.read_identity()
     if identity is None or identity["config_sha"] == config_sha(resolved):
         return
-    changed = configs.differences(identity["config"], resolved)
+    free = tuple(f"config.{field}: " for field in may_change)
+    changed = [
+        difference
+        for difference in configs.differences(identity["config"], resolved)
+        if not difference.startswith(free)
+    ]
+    if not changed:
+        return
     raise Refused(
-        f"--workdir={workdir.path} belongs to another config ({'; '.join(changed)}); "
+        f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); "
         "give another --workdir, or --overwrite to start anew"
     )
 
 
-def _finished(workdir: Workdir) -> int | None:
-    """Prints the report of a finished run and returns its exit status; None when there is work."""
+def _finished(workdir: Workdir, *, again: bool, anew: bool) -> int | None:
+    """Prints the report of a finished run and returns its exit status; None when there is work.
+
+    `again`: a run that is done in part goes on; `anew`: so does one that is done.
+    """
     from jaxconv.evals import report
 
     content = report.read(workdir)
     if content is None:
         return None
-    if content["status"] not in ("done", "partial"):
+    if anew or content["status"] not in (("done",) if again else ("done", "partial")):
         if workdir.is_writer:
             # They tell of the attempt before this one.
             workdir.report.unlink()
@@ -277,29 +372,34 @@ def _finished(workdir: Workdir) -> int | None:
     return _STATUS_OF_REPORT[content["status"]]
 
 
-def _train(recipe: Any, config: Any, workdir: Workdir) -> int:
+def _train(recipe: Any, config: Any, workdir: Workdir, *, retry_failed: bool = False) -> int:
     from jaxconv.evals.report import Report
 
     attempts.begin(workdir)
+    options = {"retry_failed": True} if retry_failed else {}
     try:
-        report = recipe.run(config, workdir)
+        report = recipe.run(config, workdir, **options)
     except Stopped as error:
         _write_report(Report(status="stopped", notes=[str(error)]), workdir)
         raise
     except Refused:
         raise
     except Exception as error:
+        if processes.explains(error):
+            _write_report(Report(status="stopped", notes=[_broken(error)]), workdir)
+            raise Stopped(_broken(error)) from error
         if not is_disk_full(error):
             _write_report(Report(status="failed", notes=[_last_line(error)]), workdir)
         raise
-    return _show(_write_report(report, workdir), workdir)
+    with processes.process_0_first("the report"):  # which others compare with what is there
+        return _show(_write_report(report, workdir), workdir)
 
 
 def _offered(recipe: Any, name: str, config: Any) -> Any:
     """What a recipe offers besides `run`."""
     function = getattr(recipe, name, None)
     if function is None:
-        flag = {"evaluate": "--eval_only", "chat": "--chat"}[name]
+        flag = {"evaluate": "--eval_only"}.get(name, f"--{name}")
         raise Refused(f"{flag}: recipe {config.recipe!r} does not have it")
     return function
 
@@ -311,7 +411,8 @@ def _evaluate(function: Any, config: Any, workdir: Workdir) -> int:
     changed = configs.differences(workdir.read_identity()["config"], configs.resolved(config))
     report.notes += [f"differs from the training: {difference}" for difference in changed]
     report.cost["wall_s"] = round(time.monotonic() - began, 3)
-    return _show(_write_report(report, workdir, name="evaluation"), workdir, "evaluation")
+    with processes.process_0_first("the report"):
+        return _show(_write_report(report, workdir, name="evaluation"), workdir, "evaluation")
 
 
 def _chat(function: Any, config: Any, workdir: Workdir) -> int:
@@ -324,10 +425,13 @@ def _chat(function: Any, config: Any, workdir: Workdir) -> int:
 
 
 def _write_report(report: "Report", workdir: Workdir, *, name: str = "report") -> dict[str, Any]:
-    """Adds what only the launcher knows: wall time of the run, compile time of this process."""
+    """Adds what only the launcher knows: time of the run and of compiling, memory."""
+    from jaxconv.evals import performance
     from jaxconv.evals.report import Quantity
     from jaxconv.train import compile_cache
 
+    if name == "report":
+        performance.add(report, workdir)
     report.cost.setdefault("wall_s", round(attempts.wall_seconds(workdir), 3))
     report.notes += attempts.changes(workdir)
     units = {"compile_s": "s", "lower_s": "s"}
@@ -366,9 +470,12 @@ def _last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _say(status: int, line: str) -> int:
+def _broken(error: BaseException) -> str:
+    return f"the connection between processes broke ({_last_line(error)})"
+
+
+def _say(line: str) -> None:
     print(f"jaxconv: {line}", file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 import types
 
-from jaxconv import launch
+from jaxconv import launch, recipes
 from jaxconv.errors import Refused, Stopped
 
 
@@ -46,6 +46,8 @@ def run(config, workdir):
                 if interrupt.requested():
                     checkpoints.wait()
                     raise Stopped(f"saved at step {step}")
+    if config.fail == "refusal":
+        raise Refused("what was trained cannot be used")
     value = float(total_S[0])
     return Report(results={"total": Estimate(value, (value, value), config.steps, "units")})
 
@@ -59,6 +61,7 @@ def evaluate(config, workdir):
 recipe = types.ModuleType("jaxconv.recipes.counting")
 recipe.check, recipe.run, recipe.evaluate = check, run, evaluate
 sys.modules[recipe.__name__] = recipe
+recipes.RECIPES += ("counting",)
 
 if __name__ == "__main__":
     sys.exit(launch.main())

@@ -17,6 +17,7 @@ import pytest
 from jaxconv import launch
 from jaxconv.evals.report import Report
 from jaxconv.train import metrics
+from jaxconv.train.checkpoint import Checkpoints
 from jaxconv.train.workdir import Workdir
 
 _HERE = Path(__file__).parent
@@ -187,6 +188,29 @@ def test_a_bug_leaves_one_line_and_its_traceback_in_the_workdir(capsys):
     assert Path("run/error.log").read_text().count("Traceback") == 2
 
 
+@pytest.mark.parametrize(
+    ("broken", "status", "reported"), [(True, 4, "stopped"), (False, 1, "failed")]
+)
+def test_a_broken_connection_between_processes_can_be_gone_on_from(
+    broken, status, reported, monkeypatch, capsys
+):
+    monkeypatch.setattr(launch.processes, "explains", lambda error: broken)
+    assert launch.main([_CONFIG, "--workdir=run", "--config.fail=bug"]) == status
+    assert json.loads(Path("run/report.json").read_text())["status"] == reported
+    assert ("the connection between processes broke" in capsys.readouterr().err) == broken
+
+
+def test_a_refusal_after_training_keeps_what_was_trained(capsys):
+    command = [_CONFIG, "--workdir=run", "--config.steps=2", "--config.fail=refusal"]
+    assert launch.main(command) == 2
+    assert "refused: what was trained cannot be used" in capsys.readouterr().err
+    with Checkpoints(Path("run/checkpoints/count")) as checkpoints:
+        assert checkpoints.latest() == 2
+    # The same command goes on from there.
+    assert launch.main(command) == 2
+    assert "starting at 2" in capsys.readouterr().out
+
+
 def test_a_second_process_on_one_workdir_is_refused(capsys):
     first = start("--config.pause=30")
     try:
@@ -211,6 +235,21 @@ def test_a_signal_finishes_the_step_and_the_same_command_resumes(kind, capsys):
     assert json.loads(Path("run/report.json").read_text())["status"] == "stopped"
     assert launch.main([_CONFIG, "--workdir=run", "--config.pause=0.3", "--config.steps=4"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["starting at 2", "working on 3"]
+
+
+def test_a_signal_that_comes_while_the_run_is_made_ready_is_not_its_death():
+    """Here while the config is read: what follows, the import of jax, takes longer."""
+    Path("slow.py").write_text(
+        f"import sys, time\nsys.path.insert(0, {str(_HERE)!r})\n"
+        "print('reading', flush=True)\ntime.sleep(0.5)\n"
+        "from counting_config import get_config\n"
+    )
+    process = start("--config=slow.py")
+    wait_for(process, "reading")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert "stopped: " in err and "working on 2" not in out
 
 
 def test_a_second_ctrl_c_leaves_at_once():
@@ -300,8 +339,9 @@ def test_the_status_of_a_finished_run_stays_when_its_report_is_not_read(monkeypa
     assert watch_a_little(lines=0) == (3, "")
 
 
-@pytest.mark.slow
-def test_two_processes_run_as_one_and_only_process_0_writes():
+def run_in_two(*arguments, folders=(".", "."), kill=None):
+    """Two processes, each in its folder: [(status, standard output, standard error)]. One of them
+    may be killed when it has begun to work."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -311,17 +351,52 @@ def test_two_processes_run_as_one_and_only_process_0_writes():
             f"--coordinator=localhost:{port}",
             "--process_count=2",
             f"--process_index={index}",
-            "--config.recipe=counting",
+            *arguments,
+            cwd=folder,
             env={
                 **os.environ,
                 "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
                 "JAX_NUM_CPU_DEVICES": "1",  # of each process
             },
         )
-        for index in range(2)
+        for index, folder in enumerate(folders)
     ]
+    if kill is not None:
+        wait_for(processes[kill], "working on 3")
+        processes[kill].kill()
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "total" in outputs[0][0] and "report:" not in outputs[1][0]
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_run_as_one_and_only_process_0_writes():
+    ends = run_in_two()
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert "total" in ends[0][1] and "report:" not in ends[1][1]
     assert [record["step"] for record in metrics.read(Workdir("run"))] == [1, 2, 3]
     assert sum(json.loads(Path("run/config.json").read_text())["devices"].values()) == 2
+    assert not list(Path("run").glob(".seen*"))
+
+
+@pytest.mark.slow
+def test_a_workdir_that_processes_do_not_share_is_refused_before_any_work():
+    for folder in "ab":
+        Path(folder).mkdir()
+    ends = run_in_two(folders="ab")
+    assert [status for status, _, _ in ends] == [2, 2], ends
+    own = [str(Path(folder, "run").resolve()) for folder in "ab"]
+    for (_, out, err), workdir in zip(ends, own, strict=True):
+        [line] = [line for line in err.splitlines() if line.startswith("jaxconv: ")]
+        assert line.startswith(f"jaxconv: refused: --workdir={workdir}: process 0 has {own[0]} on ")
+        assert f"process 1 has {own[1]} on " in line and "starting" not in out
+    assert not Path("a/run/config.json").exists() and not Path("b/run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_who_is_left_names_the_process_that_was_killed_and_leaves_with_4(lost):
+    ends = run_in_two("--config.pause=0.2", "--config.steps=1000", kill=lost)
+    assert ends[lost][0] == -signal.SIGKILL
+    status, _, err = ends[1 - lost]
+    assert status == 4, err
+    assert f"jaxconv: stopped: process {lost} (pid " in err

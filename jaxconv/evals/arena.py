@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from jaxconv import processes
 from jaxconv.envs import DIMENSIONS, overall
 from jaxconv.evals.statistics import (
     Estimate,
@@ -19,6 +20,8 @@ from jaxconv.evals.statistics import (
     ratio,
 )
 from jaxconv.rollout.selfplay import Game, Played, SelfPlay
+from jaxconv.rollout.shared import collect, share
+from jaxconv.train import clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +56,15 @@ def play_all(
     first_id: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[Pairing, list[Played]]:
-    """Plays every pairing; episode i of each has the same seed.
+    """Plays every pairing; episode i of each has the same seed. Processes share the games out.
 
     Args:
         selfplay: by number of players.
         pairings: duplicates are played once.
         seed: of the first episode.
         first_id: of the first game; ids go up from there.
-        on_progress: called with games done and games in all.
+        on_progress: called with games done and games in all; of several processes each counts its
+            own for all.
     """
     pairings = list(dict.fromkeys(pairings))
     games: dict[Pairing, list[Game]] = {}
@@ -75,12 +79,15 @@ def play_all(
         queue = [
             games[p][i] for i in range(max(p.games for p in mine)) for p in mine if i < p.games
         ]
-        table.start(queue)
-        while table.advance():
-            if on_progress:
-                on_progress(done + len(table.finished), total)
+        table.start(share(queue))
+        with clock.spending(clock.EVALUATION):
+            while table.advance():
+                if on_progress:
+                    here = min(len(table.finished) * processes.count(), len(queue))
+                    on_progress(done + here, total)
+            played = dict(zip(queue, collect(queue, table), strict=True))
         for pairing in mine:
-            results[pairing] = table.results(games[pairing])
+            results[pairing] = [played[game] for game in games[pairing]]
         done += len(queue)
     return results
 

@@ -39,6 +39,7 @@ class Report:
         cost: `wall_s`, `device_s`, `llm_calls`, `llm_tokens`, `usd`, as far as they apply.
         perf: speed and memory.
         compile: what compiling took, apart from `perf`.
+        kernels: which form of an operation ran, by the operation's name.
         notes: sentences that a reader of the numbers has to know.
         plots: PNG files in the workdir, by caption; in `report.md` only.
         sections: Markdown by heading; in `report.md` only. Text out of conversations belongs
@@ -52,6 +53,7 @@ class Report:
     cost: dict[str, float] = field(default_factory=dict)
     perf: dict[str, Quantity] = field(default_factory=dict)
     compile: dict[str, Quantity] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     plots: dict[str, str] = field(default_factory=dict)
     sections: dict[str, str] = field(default_factory=dict)
@@ -78,7 +80,9 @@ class Report:
         identity = workdir.read_identity() or {}
         for kind, paths in (("artifact", self.artifacts), ("plot", self.plots)):
             for name, path in paths.items():
-                if os.path.isabs(path) or not (workdir.path / path).exists():
+                # The copy that a reader has of a workdir in a bucket lacks the export.
+                missing = workdir.is_writer and not (workdir.path / path).exists()
+                if os.path.isabs(path) or missing:
                     raise ValueError(f"{kind} {name}: {path} is not a path inside {workdir.path}")
         return {
             "recipe": identity.get("recipe", ""),
@@ -93,6 +97,7 @@ class Report:
             "devices": identity.get("devices", {}),
             "perf": {name: _quantity(name, q) for name, q in self.perf.items()},
             "compile": {name: _quantity(name, q) for name, q in self.compile.items()},
+            "kernels": dict(self.kernels),
             "notes": list(self.notes),
         }
 
@@ -123,6 +128,7 @@ class Report:
             parts.append("## Artifacts\n\n" + table(["name", "path"], rows, escaped=True))
         rows = [[name, version] for name, version in content["versions"].items()]
         rows += [[f"device: {kind}", str(count)] for kind, count in content["devices"].items()]
+        rows += [[f"kernels/{name}", form] for name, form in self.kernels.items()]
         if rows:
             parts.append("## Versions\n\n" + table(["", ""], rows))
         return "\n".join(parts)
@@ -155,7 +161,7 @@ def print_summary(content: Mapping[str, Any], workdir: Workdir, *, name: str = "
         console.print(f"{content['recipe']} ({content['preset']}): {content['status']}")
     for note in content["notes"]:
         console.print(f"- {note}", markup=False)
-    console.print(f"{name}: {workdir.path / name}.md", markup=False, soft_wrap=True)
+    console.print(f"{name}: {workdir}/{name}.md", markup=False, soft_wrap=True)
 
 
 def read(workdir: Workdir) -> dict[str, Any] | None:

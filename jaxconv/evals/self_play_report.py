@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxconv.evals.report import Quantity, Report, escape, learning_curves, side_by_side
+from jaxconv.evals import performance
+from jaxconv.evals.report import Report, escape, learning_curves, side_by_side
 from jaxconv.rollout.selfplay import Played
 from jaxconv.train import atomic, metrics
 from jaxconv.train.workdir import Workdir
@@ -55,16 +56,7 @@ def add_training(report: Report, workdir: Workdir) -> None:
                 "first token of turns": curve(play, "critic/explained_variance_turn"),
             },
         }
-        late = play[len(play) // 2 :]
-        for name, unit in (
-            ("speed/sampled_tokens_per_s", "tokens/s"),
-            ("speed/trained_tokens_per_s", "tokens/s"),
-            ("speed/slot_occupancy", "fraction"),
-            ("time/rollout_s", "s/iteration"),
-            ("time/train_s", "s/iteration"),
-        ):
-            middle = sorted(record[name] for record in late)[len(late) // 2]
-            report.perf[name] = Quantity(middle, unit)
+    report.perf |= performance.of_updates(warm, "warm_start") | performance.of_iterations(play)
     if panels and workdir.is_writer:
         learning_curves(workdir.path / "curves.png", panels)
         report.plots["Learning curves"] = "curves.png"

@@ -135,6 +135,24 @@ def proportion(successes: int, n: int, *, unit: str = "rate") -> Estimate:
     return Estimate(successes / n, (float(interval.low), float(interval.high)), int(n), unit)
 
 
+def mean_of_few(values: ArrayLike, *, unit: str) -> Estimate:
+    """Mean of a few independent numbers with Student's t interval: of repetitions, say, of which
+    there are too few to be resampled.
+
+    Raises:
+        ValueError: fewer than two values, or one that is not finite.
+    """
+    values = _numbers("values", values)
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"there are {n} values; an interval needs at least 2")
+    from scipy import stats
+
+    mean = float(values.mean())
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, (mean - half, mean + half), n, unit)
+
+
 def _numbers(name: str, values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 1:

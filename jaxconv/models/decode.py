@@ -7,14 +7,21 @@ weights.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxconv_kernels import decode_attention, prefill_attention
 
 from jaxconv.models.config import DecoderConfig
-from jaxconv.models.decoder import Block, Decoder, rms_norm
+from jaxconv.models.decoder import Block, Decoder, embed_tokens, rms_norm
 from jaxconv.models.heads import ActorCritic
+from jaxconv.models.lora import AdaptedDecoder, merged_layer
 from jaxconv.models.rope import rope_tables
+from jaxconv.models.sharding import loosened, on_each_device, partition_spec, shardings
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 """Keys and values of each layer, [B, K, S, h]: row, key head, position, head width."""
@@ -42,25 +49,102 @@ class DecodeWeights:
     value_bias: jax.Array
 
 
-@jax.jit
-def unstack(model: Decoder | ActorCritic) -> DecodeWeights:
-    """Copies a model's weights into rollout layout."""
-    decoder = model.decoder if isinstance(model, ActorCritic) else model
-    config = decoder.config
-    dtype = jnp.dtype(config.dtype)
-    layers = jax.tree.map(lambda w: w.astype(dtype), decoder.layers)
+def unstack(model: Decoder | AdaptedDecoder | ActorCritic) -> DecodeWeights:
+    """Copies a model's weights into rollout layout; an adapter is merged into them.
+
+    Of a model that is split over devices each of them gets all of the copy.
+    """
+    model = loosened(model)
+    embed, *rest = outer_weights(model)
+    layers = range(model_config(model).num_layers)
+    return DecodeWeights(embed, tuple(rollout_layer(model, i) for i in layers), *rest)
+
+
+def model_config(model: Decoder | AdaptedDecoder | ActorCritic) -> DecoderConfig:
+    """The architecture of whatever speaks."""
+    return _decoder(model).config
+
+
+def outer_weights(
+    model: Decoder | AdaptedDecoder | ActorCritic, *, split: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What is in no layer: embed, final norm, head, kernel and bias of the value head.
+
+    Args:
+        model: on no Explicit mesh.
+        split: leaves it split as the model is; otherwise every device of its mesh gets all of it.
+    """
+    return _copies(model, _mesh_of(model), split)
+
+
+def rollout_layer(
+    model: Decoder | AdaptedDecoder | ActorCritic, index: int, *, split: bool = False
+) -> Block:
+    """One layer in the compute dtype; arguments as of `outer_weights`."""
+    mesh = _mesh_of(model)
+    return _rollout_layer(_decoder(model), _on_mesh(index, mesh), mesh, split)
+
+
+def _on_mesh(index: int, mesh: Mesh | None) -> jax.Array:
+    """A number on every device, put there by name: what is sent of itself a guard may forbid."""
+    if mesh is None:
+        return jax.device_put(np.int32(index))
+    whole = NamedSharding(mesh, P())
+    copies = [jax.device_put(np.int32(index), device) for device in whole.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), whole, copies)
+
+
+def _decoder(model: Decoder | AdaptedDecoder | ActorCritic) -> Decoder | AdaptedDecoder:
+    return model.decoder if isinstance(model, ActorCritic) else model
+
+
+def _base(model: Decoder | AdaptedDecoder | ActorCritic) -> Decoder:
+    decoder = _decoder(model)
+    return decoder.base if isinstance(decoder, AdaptedDecoder) else decoder
+
+
+def _mesh_of(model: Decoder | AdaptedDecoder | ActorCritic) -> Mesh | None:
+    sharding = _base(model).embed[...].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "split"))
+def _copies(model: Decoder | AdaptedDecoder | ActorCritic, mesh: Mesh | None, split: bool):
+    """What is in no layer, in buffers of its own: the trainer gives its own away at an update."""
+    base = _base(model)
+    dtype = base.config.dtype
     if isinstance(model, ActorCritic):
         kernel, bias = model.value_head.kernel[...][:, 0], model.value_head.bias[...].reshape(())
     else:
-        kernel, bias = jnp.zeros(config.embed_dim), jnp.zeros(())
-    return DecodeWeights(
-        embed=decoder.embed[...].astype(dtype),
-        layers=tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(config.num_layers)),
-        final_norm=decoder.final_norm[...].astype(dtype),
-        head=decoder.head().astype(dtype),
-        value_kernel=kernel,
-        value_bias=bias,
+        kernel, bias = jnp.zeros(base.config.embed_dim), jnp.zeros(())
+    parts = base.embed[...], base.final_norm[...], base.head()
+    copies = jax.tree.map(jnp.copy, (*(x.astype(dtype) for x in parts), kernel, bias))
+    if mesh is None:
+        return copies
+    if not split:
+        return jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P()))
+    embed = partition_spec(base.embed, mesh)
+    head = P(*embed[::-1]) if base.config.tie_embeddings else partition_spec(base.lm_head, mesh)
+    specs = embed, P(), head, P(), P()
+    return tuple(
+        jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        for x, spec in zip(copies, specs, strict=True)
     )
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "split"))
+def _rollout_layer(
+    decoder: Decoder | AdaptedDecoder, index: jax.Array, mesh: Mesh | None, split: bool
+) -> Block:
+    """One layer in the compute dtype.
+
+    A program of its own, so that no more than one merged layer is held in float32.
+    """
+    layer = jax.tree.map(lambda w: w.astype(decoder.config.dtype), merged_layer(decoder, index))
+    if mesh is None:
+        return layer
+    where = shardings(layer, mesh) if split else NamedSharding(mesh, P())
+    return jax.lax.with_sharding_constraint(layer, where)
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int) -> Cache:
@@ -84,22 +168,39 @@ def decode_step(
     A row at a position outside the cache writes nothing. Returns the hidden states after the final
     norm [B, D] and the cache with the new keys and values in place.
     """
-    rows = jnp.arange(tokens_B.shape[0])
-    cos, sin = rope_tables(config, positions_B[:, None])
-    visible_BS = jnp.arange(cache[0][0].shape[2]) <= positions_B[:, None]
-    at = (rows, slice(None), positions_B)
-    x_B1D = weights.embed[tokens_B][:, None]
+    x_B1D = embed_tokens(weights.embed, tokens_B[:, None], config)
     layers = []
-    for block, (k_BKSh, v_BKSh) in zip(weights.layers, cache, strict=True):
+    for block, window, (k_BKSh, v_BKSh) in zip(weights.layers, config.windows, cache, strict=True):
+        cos, sin = rope_tables(config, positions_B[:, None], slides=window is not None)
         q, k, v = block.qkv(x_B1D, cos, sin)
-        k_BKSh = k_BKSh.at[at].set(k[:, 0], mode="drop", unique_indices=True)
-        v_BKSh = v_BKSh.at[at].set(v[:, 0], mode="drop", unique_indices=True)
-        x_B1D = x_B1D + block.attention_out(attend_cache(q, k_BKSh, v_BKSh, visible_BS[:, None]))
+        with jax.named_scope("decode_attention"):
+            attend = functools.partial(_write_and_attend, config=config, window=window)
+            attended_BHh, k_BKSh, v_BKSh = on_each_device(
+                attend, q[:, 0], k_BKSh, v_BKSh, k[:, 0], v[:, 0], positions_B, results=3
+            )
+        x_B1D = x_B1D + block.attention_out(attended_BHh[:, None])
         x_B1D = x_B1D + block.mlp(x_B1D)
         layers.append((k_BKSh, v_BKSh))
-    return rms_norm(x_B1D[:, 0], weights.final_norm, config.norm_eps), tuple(layers)
+    return rms_norm(x_B1D[:, 0], weights.final_norm, config), tuple(layers)
 
 
+def _write_and_attend(q_BHh, k_BKSh, v_BKSh, k_BKh, v_BKh, positions_B, *, config, window):
+    """`decode_attention` on the heads that a device has: (attended, keys, values)."""
+    return decode_attention(
+        q_BHh,
+        k_BKh,
+        v_BKh,
+        k_BKSh,
+        v_BKSh,
+        positions_B,
+        scale=config.query_scale,
+        window=window,
+        softcap=config.attention_softcap,
+        implementation=config.implementation,
+    )
+
+
+@jax.named_scope("prefill")
 def prefill(
     weights: DecodeWeights,
     config: DecoderConfig,
@@ -120,34 +221,43 @@ def prefill(
     length = cache[0][0].shape[2]
     steps_T = jnp.arange(tokens_NT.shape[1])
     positions_NT = start_N[:, None] + steps_T
-    cos, sin = rope_tables(config, positions_NT)
-    visible_NTS = jnp.arange(length) <= positions_NT[..., None]
     # Padding columns are written nowhere: their position is the first one outside the cache.
     write_NT = jnp.where(steps_T < count_N[:, None], positions_NT, length)
-    at = (rows_N[:, None], slice(None), write_NT)
-    x_NTD = weights.embed[tokens_NT]
+    x_NTD = embed_tokens(weights.embed, tokens_NT, config)
     layers = []
-    for block, (k_BKSh, v_BKSh) in zip(weights.layers, cache, strict=True):
+    for block, window, (k_BKSh, v_BKSh) in zip(weights.layers, config.windows, cache, strict=True):
+        cos, sin = rope_tables(config, positions_NT, slides=window is not None)
         q, k, v = block.qkv(x_NTD, cos, sin)
-        k_BKSh = k_BKSh.at[at].set(k, mode="drop")
-        v_BKSh = v_BKSh.at[at].set(v, mode="drop")
-        k_NKSh = k_BKSh.at[rows_N].get(mode="clip")
-        v_NKSh = v_BKSh.at[rows_N].get(mode="clip")
-        x_NTD = x_NTD + block.attention_out(attend_cache(q, k_NKSh, v_NKSh, visible_NTS))
+        with jax.named_scope("prefill_attention"):
+            attend = functools.partial(_write_piece_and_attend, config=config, window=window)
+            attended_NTHh, k_BKSh, v_BKSh = on_each_device(
+                attend, q, k_BKSh, v_BKSh, k, v, rows_N, start_N, count_N, write_NT, results=3
+            )
+        x_NTD = x_NTD + block.attention_out(attended_NTHh)
         x_NTD = x_NTD + block.mlp(x_NTD)
         layers.append((k_BKSh, v_BKSh))
     return tuple(layers)
 
 
-@jax.named_scope("attend_cache")
-def attend_cache(
-    q_BTHh: jax.Array, k_BKSh: jax.Array, v_BKSh: jax.Array, visible_BTS: jax.Array
-) -> jax.Array:
-    """Grouped-query softmax attention over a cache in row, head, position order. [B, T, H, h]."""
-    b, t, heads, width = q_BTHh.shape
-    kv_heads = k_BKSh.shape[1]
-    q_BTKGh = q_BTHh.reshape(b, t, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q_BTKGh, k_BKSh, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BTS[:, None, None], scores * width**-0.5, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKSh.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", probabilities, v_BKSh).reshape(b, t, heads, width)
+def _write_piece_and_attend(
+    q, k_BKSh, v_BKSh, k, v, rows_N, start_N, count_N, write_NT, *, config, window
+):
+    """A layer of `prefill` on the heads that a device has: (attended, keys, values)."""
+    # With a slice over the heads a TPU would keep the cache in another layout, and copy all of it.
+    heads_K = jnp.arange(k_BKSh.shape[1])
+    at_NKT = (rows_N[:, None, None], heads_K[:, None], write_NT[:, None])
+    k_BKSh = k_BKSh.at[at_NKT].set(k.swapaxes(1, 2), mode="drop")
+    v_BKSh = v_BKSh.at[at_NKT].set(v.swapaxes(1, 2), mode="drop")
+    attended_NTHh = prefill_attention(
+        q,
+        k_BKSh,
+        v_BKSh,
+        rows_N,
+        start_N,
+        count_N,
+        scale=config.query_scale,
+        window=window,
+        softcap=config.attention_softcap,
+        implementation=config.implementation,
+    )
+    return attended_NTHh, k_BKSh, v_BKSh

@@ -1,71 +1,66 @@
-"""A causal decoder of the Llama, Qwen2 and Qwen3 families in Flax NNX.
+"""A causal decoder of the Llama, Mistral, Qwen and Gemma families in Flax NNX.
 
 NNX declares the weights; plain JAX runs them. A `Decoder` is an ordinary pytree: pass it straight
 through `jax.jit`, `jax.grad`, `optax` and `jax.tree.map`. Suffixes: B rows, T tokens, D width,
 H query heads, K key heads, G = H / K, h head width, F MLP width, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxconv.models.attention import layer_attention, soft_cap
 from jaxconv.models.config import DecoderConfig
 from jaxconv.models.rope import apply_rope, rope_tables
+from jaxconv.models.sharding import FSDP, all_but_gathered, look_up, project, project_all, spec_of
 from jaxconv.models.weights import normal, ones, weight, zeros
 
-_QUERY_BLOCKS = 4
-_BLOCKED_LENGTH = 64  # tokens from which blocks of queries pay
+if TYPE_CHECKING:
+    from jaxconv.models.lora import Adapter
+
+Adapt = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(name of a linear map, its input, its output) to the output with an adapter's part added."""
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
+@jax.named_scope("norm")
+def rms_norm(x: jax.Array, scale: jax.Array, config: DecoderConfig) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype.
+
+    Gemma stores scale - 1 and rounds after the product, the others before it.
+    """
     x_f32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
-    return (x_f32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * scale.astype(x.dtype)
+    normed, scale = x_f32 * jax.lax.rsqrt(variance + config.norm_eps), scale.astype(x.dtype)
+    if config.gemma:
+        return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * scale
 
 
-def causal_attention(
-    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array | None
-) -> jax.Array:
-    """Grouped-query softmax attention, [B, T, H, h]; scores and softmax in float32.
+@jax.named_scope("embed")
+def embed_tokens(embed_VD: jax.Array, tokens: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Rows of the embedding, [..., D] in the compute dtype; Gemma's times sqrt(D) in that dtype."""
+    x = look_up(embed_VD.astype(config.dtype), tokens)
+    return x * jnp.asarray(config.embed_dim**0.5, x.dtype) if config.gemma else x
 
-    A query sees keys of its own segment up to its own position. Queries go in blocks, each against
-    the keys up to its end only: four blocks skip three eighths of the scores.
-    """
-    b, t, heads, width = q_BTHh.shape
-    kv_heads = k_BTKh.shape[2]
-    q_BTHh = q_BTHh * jnp.asarray(width**-0.5, q_BTHh.dtype)
-    q_BKGTh = q_BTHh.reshape(b, t, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    k_BKTh, v_BKTh = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
 
-    def attend(start: int, end: int) -> jax.Array:
-        scores = jnp.einsum(
-            "bkgth,bksh->bkgts",
-            q_BKGTh[:, :, :, start:end],
-            k_BKTh[:, :, :end],
-            preferred_element_type=jnp.float32,
-        )
-        mask_BTS = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
-        if segment_ids_BT is not None:
-            mask_BTS &= segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-        scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKTh.dtype)
-        return jnp.einsum("bkgts,bksh->bkgth", probabilities, v_BKTh[:, :, :end])
-
-    size = -(-t // _QUERY_BLOCKS) if t >= _BLOCKED_LENGTH else t
-    blocks = [attend(start, min(start + size, t)) for start in range(0, t, size)]
-    attended = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
-    return attended.transpose(0, 3, 1, 2, 4).reshape(b, t, heads, width)
+def _unadapted(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return y
 
 
 class Block(nnx.Module):
-    """One layer: attention and a gated MLP, each behind an RMS norm and a residual sum."""
+    """One layer: attention and a gated MLP, each behind an RMS norm and a residual sum.
+
+    Gemma norms what both of them add, too.
+    """
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         self.config = config
         d, f, h = config.embed_dim, config.mlp_dim, config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        keys = iter(jax.random.split(key, 16))
+        keys = iter(jax.random.split(key, 18))
         prefix = "model.layers.{layer}."
         # Each layer adds two terms to the residual stream; scaling them keeps its variance.
         residual = (2 * config.num_layers) ** -0.5
@@ -79,8 +74,10 @@ class Block(nnx.Module):
                 next(keys), shape, axes=axes, hf=f"{prefix}{name}.weight", init=init, inputs=inputs
             )
 
+        unit = zeros if config.gemma else ones
+
         def norm(size, axis, name):
-            return weight(next(keys), (size,), axes=(axis,), hf=f"{prefix}{name}.weight", init=ones)
+            return weight(next(keys), (size,), axes=(axis,), hf=f"{prefix}{name}.weight", init=unit)
 
         def bias(shape, axes, name):
             return weight(next(keys), shape, axes=axes, hf=f"{prefix}{name}.bias", init=zeros)
@@ -100,7 +97,11 @@ class Block(nnx.Module):
         if config.qk_norm:
             self.q_norm = norm(h, "head_dim", "self_attn.q_norm")
             self.k_norm = norm(h, "head_dim", "self_attn.k_norm")
-        self.mlp_norm = norm(d, "embed", "post_attention_layernorm")
+        if config.gemma:
+            self.attn_out_norm = norm(d, "embed", "post_attention_layernorm")
+            self.mlp_out_norm = norm(d, "embed", "post_feedforward_layernorm")
+        before_mlp = "pre_feedforward_layernorm" if config.gemma else "post_attention_layernorm"
+        self.mlp_norm = norm(d, "embed", before_mlp)
         self.gate = linear((d, f), ("embed", "mlp"), "mlp.gate_proj", 1)
         self.up = linear((d, f), ("embed", "mlp"), "mlp.up_proj", 1)
         self.down = linear((f, d), ("mlp", "embed"), "mlp.down_proj", 1, residual)
@@ -109,49 +110,67 @@ class Block(nnx.Module):
             self.b_up = bias((f,), ("mlp",), "mlp.up_proj")
             self.b_down = bias((d,), ("embed",), "mlp.down_proj")
 
-    def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array):
+    @jax.named_scope("attention")
+    def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array, adapt: Adapt = _unadapted):
         """Normed, projected and rotated q [..., H, h]; k and v [..., K, h]; of x [..., D]."""
         config = self.config
-        x = rms_norm(x, self.attn_norm[...], config.norm_eps)
-        q, k, v = (_project(x, w[...]) for w in (self.q, self.k, self.v))
+        x = rms_norm(x, self.attn_norm[...], config)
+        maps = {"q_proj": self.q, "k_proj": self.k, "v_proj": self.v}
+        projected = project_all(x, *(w[...] for w in maps.values()))
+        q, k, v = (
+            adapt(name, x, y.reshape(*x.shape[:-1], *w.shape[1:]))
+            for (name, w), y in zip(maps.items(), projected, strict=True)
+        )
         if config.attention_bias:
             q, k, v = (
                 x + b[...].astype(x.dtype) for x, b in ((q, self.bq), (k, self.bk), (v, self.bv))
             )
         if config.qk_norm:
-            q = rms_norm(q, self.q_norm[...], config.norm_eps)
-            k = rms_norm(k, self.k_norm[...], config.norm_eps)
+            q = rms_norm(q, self.q_norm[...], config)
+            k = rms_norm(k, self.k_norm[...], config)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def attention_out(self, attended: jax.Array) -> jax.Array:
-        """Heads [..., H, h] back to the width, [..., D]."""
-        o_ND = self.o[...].reshape(-1, self.config.embed_dim)
-        out = _project(attended.reshape(*attended.shape[:-2], -1), o_ND)
-        return out + self.bo[...].astype(out.dtype) if self.config.attention_out_bias else out
+    @jax.named_scope("attention")
+    def attention_out(self, attended: jax.Array, adapt: Adapt = _unadapted) -> jax.Array:
+        """Heads [..., H, h] back to the width: what attention adds to the residual, [..., D]."""
+        attended = attended.reshape(*attended.shape[:-2], -1)
+        out = adapt("o_proj", attended, project(attended, self.o[...], inputs=2))
+        if self.config.attention_out_bias:
+            out = out + self.bo[...].astype(out.dtype)
+        return rms_norm(out, self.attn_out_norm[...], self.config) if self.config.gemma else out
 
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """SwiGLU (Shazeer 2020, arXiv 2002.05202) of the normed x [..., D], [..., D]."""
-        x = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = _project(x, self.gate[...]), _project(x, self.up[...])
+    @jax.named_scope("mlp")
+    def mlp(self, x: jax.Array, adapt: Adapt = _unadapted) -> jax.Array:
+        """What the gated MLP adds to the residual x [..., D], [..., D].
+
+        SwiGLU, or Gemma's GeGLU with the tanh form of GELU (Shazeer 2020, arXiv 2002.05202).
+        """
+        x = rms_norm(x, self.mlp_norm[...], self.config)
+        gate, up = project_all(x, self.gate[...], self.up[...])
+        gate, up = adapt("gate_proj", x, gate), adapt("up_proj", x, up)
         if self.config.mlp_bias:
             gate = gate + self.b_gate[...].astype(gate.dtype)
             up = up + self.b_up[...].astype(up.dtype)
-        down = _project(jax.nn.silu(gate) * up, self.down[...])
-        return down + self.b_down[...].astype(down.dtype) if self.config.mlp_bias else down
+        gated = (jax.nn.gelu(gate) if self.config.gemma else jax.nn.silu(gate)) * up
+        down = adapt("down_proj", gated, project(gated, self.down[...]))
+        if self.config.mlp_bias:
+            down = down + self.b_down[...].astype(down.dtype)
+        return rms_norm(down, self.mlp_out_norm[...], self.config) if self.config.gemma else down
 
     def __call__(
-        self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None, cos: jax.Array, sin: jax.Array
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        slides: jax.Array,
+        adapt: Adapt = _unadapted,
     ) -> jax.Array:
-        q, k, v = self.qkv(x_BTD, cos, sin)
-        x_BTD = x_BTD + self.attention_out(causal_attention(q, k, v, segment_ids_BT))
-        return x_BTD + self.mlp(x_BTD)
-
-
-def _project(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., D] through w [D, ...] as one flat matmul, in x's dtype."""
-    d = x.shape[-1]
-    flat = x.reshape(-1, d) @ w.reshape(d, -1).astype(x.dtype)
-    return flat.reshape(*x.shape[:-1], *w.shape[1:])
+        q, k, v = self.qkv(x_BTD, cos, sin, adapt)
+        with jax.named_scope("attention"):
+            attended = layer_attention(q, k, v, segment_ids_BT, self.config, slides)
+        x_BTD = x_BTD + self.attention_out(attended, adapt)
+        return x_BTD + self.mlp(x_BTD, adapt)
 
 
 class Decoder(nnx.Module):
@@ -173,7 +192,8 @@ class Decoder(nnx.Module):
         self.layers = jax.vmap(lambda k: Block(config, k))(
             jax.random.split(layer_key, config.num_layers)
         )
-        self.final_norm = weight(norm_key, (d,), axes=("embed",), hf="model.norm.weight", init=ones)
+        unit = zeros if config.gemma else ones
+        self.final_norm = weight(norm_key, (d,), axes=("embed",), hf="model.norm.weight", init=unit)
         if not config.tie_embeddings:
             self.lm_head = weight(
                 head_key, (d, v), axes=("embed", "vocab"), hf="lm_head.weight", init=init, inputs=1
@@ -184,6 +204,9 @@ class Decoder(nnx.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
+        *,
+        adapter: "Adapter | None" = None,
+        dropout_seeds: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in `config.dtype`.
 
@@ -192,38 +215,55 @@ class Decoder(nnx.Module):
             positions_BT: int position of each token; counts from 0 along the row by default.
             segment_ids_BT: int; a token sees earlier tokens of its own segment only, so packed
                 rows do not mix and padding (segment 0) is seen by no real token.
+            adapter: low-rank terms to add to the linear maps, see `lora.py`.
+            dropout_seeds: uint32 [B], of the adapter's dropout; the decoder itself has none.
         """
         config = self.config
-        x_BTD = self.embed[...].astype(config.dtype)[tokens_BT]
+        x_BTD = embed_tokens(self.embed[...], tokens_BT, config)
         length = tokens_BT.shape[1]
         if positions_BT is None:
             positions_BT = jnp.arange(length)[None]
-        cos, sin = rope_tables(config, positions_BT)
+        tables = rope_tables(config, positions_BT)
+        sliding_tables = rope_tables(config, positions_BT, slides=True)
+        slides_L = jnp.asarray([window is not None for window in config.windows])
+        keys_LB = None if adapter is None else adapter.dropout_keys(dropout_seeds)
 
-        def layer(x_BTD, block):
+        def layer(x_BTD, weights):
+            block, slides, layer_adapter, keys_B = weights
+            cos, sin = tables
+            if config.rope_local_theta is not None:
+                cos, sin = (
+                    jnp.where(slides, *pair) for pair in zip(sliding_tables, tables, strict=True)
+                )
+            adapt = _unadapted if layer_adapter is None else layer_adapter.bind(keys_B)
             return block(
-                x_BTD, segment_ids_BT, cos, sin
+                x_BTD, segment_ids_BT, cos, sin, slides, adapt
             ), None  # activations only: weights stay in place
 
-        if config.remat != "none":
+        split = FSDP in spec_of(self.layers.q[...])
+        if config.remat != "none" or split:
             policies = jax.checkpoint_policies
             policy = {
+                "none": all_but_gathered,  # gathering again costs less than keeping
                 "dots": policies.dots_with_no_batch_dims_saveable,
                 "full": policies.nothing_saveable,
             }[config.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=config.unroll_layers)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.layers, unroll=config.unroll_layers or 1)
-        return rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
+        weights = (self.layers, slides_L, adapter, keys_LB)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, weights, unroll=config.unroll_layers or 1)
+        return rms_norm(x_BTD, self.final_norm[...], config)
 
     def head(self) -> jax.Array:
         """The output matrix [D, V], float32; the transposed embedding when they are tied."""
         return self.embed[...].T if self.config.tie_embeddings else self.lm_head[...]
 
+    @jax.named_scope("head")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,dv->...v",
             hidden,
             self.head().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        return soft_cap(logits, self.config.final_softcap)

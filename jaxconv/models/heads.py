@@ -32,6 +32,7 @@ class ValueHead(nnx.Module):
             init=lambda _, shape: jnp.full(shape, bias, jnp.float32),
         )
 
+    @jax.named_scope("value_head")
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """float32 values [...] of hidden states [..., D]."""
         return (hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...])[..., 0]

@@ -1,33 +1,39 @@
 """Hugging Face checkpoints in and out: folders that `transformers` reads and writes."""
 
+import functools
+import logging
+import math
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
+from jaxconv import processes
+from jaxconv.durable import publish, standing, whole_folder
 from jaxconv.errors import Failed, Refused
-from jaxconv.models.config import DecoderConfig, token_ids
+from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ValueHead
+from jaxconv.models.hf_config import MULTIMODAL, from_hf_dict, to_hf_dict, token_ids
+from jaxconv.models.lora import AdaptedDecoder, merge
 from jaxconv.models.safetensors_io import (
+    Tensor,
     TensorFiles,
-    files_below,
+    make_tensors,
     open_checkpoint,
     read_json,
     save_tensors,
     write_json,
     write_tensors,
 )
-from jaxconv.models.sharding import shardings
+from jaxconv.models.sharding import for_host, shardings
 from jaxconv.models.weights import (
     from_hf,
     hf_names,
@@ -40,6 +46,8 @@ from jaxconv.models.weights import (
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _VALUE_HEAD = "value_head.safetensors"
+_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+_COPIES = "consolidated*"  # Mistral's repositories hold the weights again, under names of their own
 
 
 def load_pretrained(
@@ -66,23 +74,24 @@ def load_pretrained(
         Refused: the path, an unsupported architecture, or the first tensor that is missing,
             unexpected, of another shape or in a damaged file.
     """
-    folder = _folder(path)
+    folder = model_folder(path)
     config = _read_config(folder)
     files = open_checkpoint(folder)
+    _leave_out_other_parts(files, folder)
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
-    _check_tensors(files, abstract, folder)
+    check_tensors(files, abstract, folder)
     config = replace(
-        config, dtype=dtype or "float32", stored_dtype=_widest(set(files.dtypes.values()))
+        config, dtype=dtype or "float32", stored_dtype=widest(set(files.dtypes.values()))
     )
     # The configuration is a static part of the tree.
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
     placements = None if mesh is None else shardings(abstract, mesh)
-    model = _read_weights(abstract, files, placements)
-    return model, _load_tokenizer(folder)
+    model = read_weights(abstract, files, placements)
+    return model, load_tokenizer(folder)
 
 
 def save_pretrained(
-    model: Decoder,
+    model: Decoder | AdaptedDecoder,
     tokenizer: Any,
     folder: str | os.PathLike[str],
     *,
@@ -92,43 +101,62 @@ def save_pretrained(
     """Writes a folder that `transformers` loads: config, generation config, weights, tokenizer.
 
     Tensors are stored in `model.config.stored_dtype`. The folder appears whole or not at all; an
-    older checkpoint in its place stays until the new one is on disk.
+    older checkpoint in its place stays until the new one is on disk. Of several processes all call
+    this: their devices give, tensor by tensor, what process 0 writes.
 
     Args:
-        model: the decoder.
+        model: the decoder; an adapter is merged into it.
         tokenizer: a `transformers` tokenizer, or None to write none.
         folder: where; it must be new, empty or an older checkpoint.
         max_shard_bytes: largest safetensors file; more than that is split, with an index.
-        generation: further entries of generation_config.json, such as the temperature.
+        generation: entries of generation_config.json, such as the temperature, beside the token
+            ids of `model.config`; `generation_config` of the checkpoint that the model came from
+            keeps all of its own.
 
     Raises:
         Refused: the folder holds something else.
         Failed: it could not be written (a full disk); nothing half-written is left.
     """
     config = model.config
-    with _whole_folder(Path(folder)) as partial:
-        write_json(partial / "config.json", config.to_hf_dict())
-        hf_config = config.to_hf_dict()
+    tensors = checkpoint_tensors(merge(model), config.stored_dtype)
+    if processes.index() > 0:
+        make_tensors(tensors)
+        return processes.barrier("checkpoint")
+    with whole_folder(Path(folder)) as partial:
+        write_json(partial / "config.json", to_hf_dict(config))
+        hf_config = to_hf_dict(config)
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: hf_config[name] for name in names if hf_config[name] is not None}
         write_json(partial / "generation_config.json", ids | dict(generation or {}))
-        write_tensors(partial, _checkpoint_tensors(model, config.stored_dtype), max_shard_bytes)
+        write_tensors(partial, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+    processes.barrier("checkpoint")
+
+
+def generation_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The generation_config.json of a folder or hub id: how it is meant to be sampled from.
+
+    Empty when there is none. Raises Refused for a path that holds no checkpoint.
+    """
+    file = model_folder(path) / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def save_value_head(head: ValueHead, folder: str | os.PathLike[str]) -> None:
     """Writes `value_head.safetensors` (float32) into an existing folder, whole or not at all."""
     path = Path(folder) / _VALUE_HEAD
+    if processes.index() > 0:
+        make_tensors(checkpoint_tensors(head, "float32"))
+        return processes.barrier("value head")
     partial = path.with_name(f".{_VALUE_HEAD}.partial")
-    tensors = {name: make() for name, _, make in _checkpoint_tensors(head, "float32")}
     try:
-        save_tensors(tensors, partial)
-        _sync(partial)
-        partial.replace(path)
+        save_tensors(checkpoint_tensors(head, "float32"), partial)
+        publish(partial, path)
     except Exception as error:
         partial.unlink(missing_ok=True)
         raise Failed(f"cannot write {path}: {error}") from error
+    processes.barrier("value head")
 
 
 def load_value_head(folder: str | os.PathLike[str], embed_dim: int) -> ValueHead:
@@ -138,21 +166,23 @@ def load_value_head(folder: str | os.PathLike[str], embed_dim: int) -> ValueHead
         raise Refused(f"{path} is missing")
     files = TensorFiles([path])
     abstract = jax.eval_shape(lambda: ValueHead(embed_dim))
-    _check_tensors(files, abstract, path)
-    return _read_weights(abstract, files, None)
+    check_tensors(files, abstract, path)
+    return read_weights(abstract, files, None)
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    folder = Path(path).expanduser()
+def model_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder at a path, or that of a hub id once it is fetched; Refused where there is none."""
+    folder = standing(Path(path).expanduser())
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
         raise Refused(f"model path {path}: no such folder")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        return Path(
+            snapshot_download(str(path), allow_patterns=[*_FILES], ignore_patterns=[_COPIES])
+        )
     except Exception as error:  # the client has many kinds; all mean that there is no checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused(
@@ -160,19 +190,23 @@ def _folder(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a folder that a model, its tokenizer or its chat template may depend on."""
+    found = {file for pattern in _FILES for file in folder.glob(pattern)}
+    return sorted(found - set(folder.glob(_COPIES)))
+
+
 def _read_config(folder: Path) -> DecoderConfig:
-    config = DecoderConfig.from_hf_dict(read_json(folder / "config.json"))
-    if (folder / "generation_config.json").is_file():
-        # Chat checkpoints often name the end of a turn only here.
-        generation = read_json(folder / "generation_config.json")
-        extra = token_ids(generation.get("eos_token_id"))
-        config = replace(
-            config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
-        )
-    return config
+    config = from_hf_dict(read_json(folder / "config.json"))
+    # Chat checkpoints often name the end of a turn only here.
+    extra = token_ids(generation_config(folder).get("eos_token_id"))
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
 
 
-def _check_tensors(files: TensorFiles, abstract: nnx.Module, where: Path) -> None:
+def check_tensors(
+    files: TensorFiles, abstract: nnx.Module, where: Path, source: str = "config.json"
+) -> None:
+    """Raises Refused for the first tensor that `abstract`, built as `source` says, contradicts."""
     expected = {
         name: hf_shape(param) for _, param in named_weights(abstract) for name in hf_names(param)
     }
@@ -182,7 +216,7 @@ def _check_tensors(files: TensorFiles, abstract: nnx.Module, where: Path) -> Non
         if files.shapes[name] != shape:
             raise Refused(
                 f"{files.file(name)}: tensor {name} has shape {list(files.shapes[name])}; "
-                f"config.json expects {list(shape)}"
+                f"{source} expects {list(shape)}"
             )
     for name in files.shapes:
         if name in expected or name.endswith("rotary_emb.inv_freq"):
@@ -190,6 +224,23 @@ def _check_tensors(files: TensorFiles, abstract: nnx.Module, where: Path) -> Non
         if name == "lm_head.weight" and _is_copy_of_embedding(files):
             continue
         raise Refused(f"{files.file(name)}: tensor {name} is not part of this architecture")
+
+
+def _leave_out_other_parts(files: TensorFiles, folder: Path) -> None:
+    """Gives the text part of an image and text model the names it has by itself."""
+    if read_json(folder / "config.json")["model_type"] not in MULTIMODAL:
+        return
+    others = ("vision_tower.", "multi_modal_projector.")
+    left_out = sum(name.startswith(others) for name in files.shapes)
+    logging.getLogger(__name__).warning(
+        "%s: loading the text part only; %d tensors of %s are left out, and an export has none",
+        folder,
+        left_out,
+        " and ".join(other.rstrip(".") for other in others),
+    )
+    files.rename(
+        lambda name: None if name.startswith(others) else name.removeprefix("language_model.")
+    )
 
 
 def _is_copy_of_embedding(files: TensorFiles) -> bool:
@@ -200,19 +251,21 @@ def _is_copy_of_embedding(files: TensorFiles) -> bool:
     )
 
 
-def _widest(dtypes: set[str]) -> str:
+def widest(dtypes: set[str]) -> str:
     """One dtype that holds every stored value exactly."""
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def _read_weights(abstract: nnx.Module, files: TensorFiles, placements: nnx.Module | None) -> Any:
+def read_weights(abstract: nnx.Module, files: TensorFiles, placements: nnx.Module | None) -> Any:
+    """A module like `abstract` with float32 weights from `files`, placed as `placements` says."""
+
     def read(param: nnx.Param, placement: nnx.Param | None) -> nnx.Param:
-        host = np.empty(param.shape, np.float32)
-        layers = host if is_stacked(param) else host[None]
-        for layer, name in zip(layers, hf_names(param), strict=True):
-            layer[...] = from_hf(param, files.read(name))
-        where = None if placement is None else jax.tree.leaves(placement)[0]
-        value = jnp.asarray(host) if where is None else jax.device_put(host, where)
+        if placement is None:
+            (host,) = _read_parts(param, files, [()])
+            value = jax.device_put(host)
+        else:
+            (where,) = jax.tree.leaves(placement)
+            value = _read_split(param, files, where)
         return jax.tree.map(lambda _: value, param)
 
     if placements is None:
@@ -220,24 +273,57 @@ def _read_weights(abstract: nnx.Module, files: TensorFiles, placements: nnx.Modu
     return jax.tree.map(read, abstract, placements, is_leaf=is_param)
 
 
-def _checkpoint_tensors(model: nnx.Module, dtype: str) -> Iterator[tuple[str, int, Any]]:
-    """(name, bytes, function that fetches it) of every tensor, layer by layer."""
+def _read_split(param: nnx.Param, files: TensorFiles, where: Sharding) -> jax.Array:
+    """One weight, of which the host holds what goes to devices of this process."""
+    places = where.addressable_devices_indices_map(param.shape)
+    # A slice has no hash before Python 3.12.
+    wanted = {str(index): index for index in places.values()}
+    parts = dict(zip(wanted, _read_parts(param, files, list(wanted.values())), strict=True))
+    arrays = [jax.device_put(parts[str(index)], device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(param.shape, where, arrays)
+
+
+def _read_parts(
+    param: nnx.Param, files: TensorFiles, parts: Sequence[tuple[slice, ...]]
+) -> list[np.ndarray]:
+    """What lies at each of these indices of a weight, float32; every tensor is read once."""
+    like = np.broadcast_to(np.float32(0), param.shape)
+    hosts = [_aligned(like[part].shape) for part in parts]
+    for at, name in enumerate(hf_names(param)):
+        tensor = from_hf(param, files.read(name))
+        for host, part in zip(hosts, parts, strict=True):
+            # Layers, the first axis of a stack, are never split.
+            layer, within = (host[at], part[1:]) if is_stacked(param) else (host, part)
+            layer[...] = tensor[within]
+    return hosts
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Uninitialised float32 memory that a CPU device takes over as it is rather than copies."""
+    boundary = 64  # bytes; jax's own allocations begin at such addresses
+    raw = np.empty(4 * math.prod(shape) + boundary, np.uint8)
+    start = -raw.ctypes.data % boundary
+    return raw[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+
+
+def checkpoint_tensors(model: nnx.Module, dtype: str) -> Iterator[Tensor]:
+    """Every tensor of a module as a checkpoint in `dtype` holds it, layer by layer."""
     entries = []
     for order, (_, param) in enumerate(named_weights(model)):
         for layer, name in enumerate(hf_names(param)):
             entries.append((layer if is_stacked(param) else -1, order, name, param))
-    width = jnp.dtype(dtype).itemsize
 
     def fetch(layer: int, param: nnx.Param) -> np.ndarray:
         value = param[...] if layer < 0 else param[...][layer]
-        return np.ascontiguousarray(to_hf(param, np.asarray(value)).astype(jnp.dtype(dtype)))
+        return to_hf(param, np.asarray(for_host(value)))
 
     for layer, _, name, param in sorted(entries, key=lambda entry: entry[:2]):
-        size = int(np.prod(hf_shape(param))) * width
-        yield name, size, lambda layer=layer, param=param: fetch(layer, param)
+        make = functools.partial(fetch, layer, param)
+        yield Tensor(name, hf_shape(param), dtype, make)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The `transformers` tokenizer of a folder, None where it holds none."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -247,45 +333,3 @@ def _load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:300]
         raise Refused(f"{folder}: the tokenizer does not load: {reason}") from error
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill beside `folder`, which it replaces only when it is complete and on disk."""
-    folder = folder.expanduser().absolute()
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / "config.json").is_file():
-        raise Refused(f"{folder} holds something other than a checkpoint; name another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in files_below(partial):
-            _sync(path)
-        _sync(partial)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        from safetensors import SafetensorError
-
-        if isinstance(error, OSError | SafetensorError):
-            raise Failed(f"cannot write checkpoint {folder}: {error}") from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,23 +9,26 @@ import numpy as np
 from jaxconv.models.config import DecoderConfig, RopeScaling
 
 
-def rope_frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
+def rope_frequencies(config: DecoderConfig, *, slides: bool = False) -> tuple[np.ndarray, float]:
     """(inverse frequencies, float32 [head_dim / 2], radians a token; factor on cos and sin).
 
-    A host constant. Computed in float32 as the checkpoints' own code does, so that angles at long
-    positions agree with training.
+    `slides` asks for those of sliding layers, which in Gemma 3 have a base of their own and no
+    scaling. A host constant. Computed in float32 as the checkpoints' own code does, so that angles
+    at long positions agree with training.
     """
     dim = config.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    inv_freq = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
-    scaling = config.rope_scaling
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if slides and config.rope_local_theta is not None:
+        theta, scaling = config.rope_local_theta, None
+    inv_freq = np.float32(1.0) / np.float32(theta) ** exponents
     if scaling is None:
         return inv_freq, 1.0
     if scaling.kind == "linear":
         return inv_freq / np.float32(scaling.factor), 1.0
     if scaling.kind == "llama3":
         return _llama3(inv_freq, scaling), 1.0
-    return _yarn(inv_freq, scaling, config.rope_theta, dim), scaling.attention_factor
+    return _yarn(inv_freq, scaling, theta, dim), scaling.attention_factor
 
 
 def _llama3(inv_freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -53,12 +56,15 @@ def _yarn(inv_freq: np.ndarray, scaling: RopeScaling, theta: float, dim: int) ->
     return (inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp)).astype(np.float32)
 
 
-def rope_tables(config: DecoderConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    config: DecoderConfig, positions_BT: jax.Array, *, slides: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of integer positions [..., T], each float32 [..., T, head_dim / 2].
 
+    `slides` asks for those of sliding layers, as in `rope_frequencies`.
     float32 throughout: bfloat16 cannot tell position 257 from 256.
     """
-    inv_freq, factor = rope_frequencies(config)
+    inv_freq, factor = rope_frequencies(config, slides=slides)
     angles = positions_BT[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

@@ -13,6 +13,9 @@ from flax import nnx
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
+_LOOKED_UP = ("vocab", "positions", "types", "buckets")
+"""Logical axes over rows that are looked up: a table stays a matrix in a checkpoint."""
+
 
 def normal(std: float) -> Initializer:
     """Gaussian of mean 0, float32."""
@@ -81,11 +84,8 @@ def hf_shape(param: nnx.Param) -> tuple[int, ...]:
     inputs = param.get_metadata("inputs")
     if inputs:
         return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
-    return shape if len(shape) == 2 and "vocab" in param.get_metadata("axes") else _flat(shape)
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (int(np.prod(shape)),)
+    is_table = param.get_metadata("axes")[0] in _LOOKED_UP
+    return shape if is_table else (int(np.prod(shape)),)
 
 
 def hf_names(param: nnx.Param) -> list[str]:
@@ -95,11 +95,11 @@ def hf_names(param: nnx.Param) -> list[str]:
 
 
 def to_hf(param: nnx.Param, layer: np.ndarray) -> np.ndarray:
-    """One layer's values, our layout to the checkpoint's."""
+    """One layer's values, our layout to the checkpoint's (a view where possible)."""
     inputs = param.get_metadata("inputs")
     if inputs:
         rows = int(np.prod(layer.shape[:inputs]))
-        return np.ascontiguousarray(layer.reshape(rows, -1).T)
+        return layer.reshape(rows, -1).T
     return layer.reshape(hf_shape(param))
 
 

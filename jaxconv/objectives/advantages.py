@@ -113,6 +113,7 @@ def turn_advantages(
     return TurnAdvantages(A_BN, V_BN, A_BN + V_BN, present_BN)
 
 
+@jax.named_scope("hierarchical_advantages")
 def hierarchical_advantages(
     values: jax.Array,
     turn_rewards: jax.Array,
@@ -196,6 +197,7 @@ def hierarchical_advantages(
     return advantages_BT, advantages_BT + values_BT
 
 
+@jax.named_scope("token_gae")
 def token_gae(
     values: jax.Array,
     rewards: jax.Array,

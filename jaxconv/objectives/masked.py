@@ -1,7 +1,7 @@
 """Reductions over the entries of an array that a mask selects.
 
 Entries off the mask never reach the arithmetic, so a NaN or an infinity in padding cannot leak into
-a value or a gradient. All reductions are computed in float32.
+a value or a gradient. Everything is computed in float32, or in float64 where that is given.
 """
 
 import jax
@@ -10,9 +10,15 @@ import jax.numpy as jnp
 Axis = int | tuple[int, ...] | None
 
 
-def select(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`x` as float32 where `mask` holds, zero elsewhere. `mask` is bool or 0/1, shaped like `x`."""
-    return jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), 0.0)
+def floating(x: jax.Array) -> jax.Array:
+    """`x` as float32, whatever it was, unless it is float64 already."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def select(x: jax.Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
+    """Floating `x` where `mask` holds, `fill` elsewhere. `mask` is bool or 0/1, shaped like `x`."""
+    return jnp.where(jnp.asarray(mask) != 0, floating(x), fill)
 
 
 def count(mask: jax.Array, axis: Axis = None) -> jax.Array:
@@ -46,6 +52,4 @@ def masked_std(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 
 def masked_max(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
     """Largest selected entry; −inf, the identity of max, where there are none."""
-    return jnp.max(
-        jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), -jnp.inf), axis=axis
-    )
+    return jnp.max(select(x, mask, -jnp.inf), axis=axis)

@@ -70,6 +70,7 @@ class PPOBatch:
     mask: jax.Array
 
 
+@jax.named_scope("ppo_loss")
 def ppo_loss(
     logprob: jax.Array,
     entropy: jax.Array,

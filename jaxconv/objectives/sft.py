@@ -7,6 +7,7 @@ from jaxconv.objectives import masked
 from jaxconv.objectives.metrics import Metrics
 
 
+@jax.named_scope("sft_loss")
 def sft_loss(logprob: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, Metrics]:
     """Sum of −log p over the selected tokens.
 

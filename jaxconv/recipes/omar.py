@@ -10,61 +10,72 @@
 """
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import PurePath
 from random import Random
 
 import jax
 import numpy as np
 import optax
 
-from jaxconv import envs
+from jaxconv import envs, processes
 from jaxconv.data.template import take_apart
 from jaxconv.data.trajectories import Trajectories
 from jaxconv.errors import Failed, Refused, Stopped
 from jaxconv.evals import arena, cross_play, episodes, self_play_report
 from jaxconv.evals.report import Report
+from jaxconv.models import hf
+from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic
+from jaxconv.models.sharding import loosened
+from jaxconv.perf.flops import rollout_flops
+from jaxconv.perf.planned import Planned
+from jaxconv.recipes.imitation import (
+    ARENA_SEEDS,
+    SELF_PLAY_SEEDS,
+    imitate,
+    left_out,
+    scripted_words,
+)
 from jaxconv.rollout import settings
+from jaxconv.rollout.planned import planned_self_play
 from jaxconv.rollout.quality import QualityRules, review
-from jaxconv.rollout.selfplay import Game, Played, SelfPlay
-from jaxconv.rollout.summary import speeds, summarise
+from jaxconv.rollout.selfplay import Game, Played
+from jaxconv.rollout.shared import SharedGames, play
+from jaxconv.rollout.summary import decoded, speeds, summarise
 from jaxconv.rollout.terminal import talk
 from jaxconv.rollout.trajectories import to_trajectories
 from jaxconv.rollout.world import (
     SEEDS_OF_A_RUN,
     World,
     make_env,
-    scripted_episodes,
     set_weights,
 )
-from jaxconv.train import atomic, interrupt, warm_start
+from jaxconv.train import interrupt
 from jaxconv.train.alarms import Alarms
-from jaxconv.train.checkpoint import Checkpoints
-from jaxconv.train.mesh import replicate
-from jaxconv.train.metrics import MetricsWriter
-from jaxconv.train.optimizer import make_optimizer, make_schedule
+from jaxconv.train.loop import Loop, LoopSettings, Pending
+from jaxconv.train.mesh import place, tell_of_idle_devices, training_mesh
+from jaxconv.train.optimizer import make_optimizer, make_schedule, rates
 from jaxconv.train.ppo import PPO
-from jaxconv.train.profiling import Profiler, parse_steps
+from jaxconv.train.profiling import parse_steps
 from jaxconv.train.progress import Progress
 from jaxconv.train.starting_point import (
     as_stored,
     is_saved,
     load,
     load_decoder,
-    run_as,
     save,
     starting_model,
+    stored_bytes,
 )
 from jaxconv.train.state import TrainState
+from jaxconv.train.trainable import join, lora_config, merged, split
 from jaxconv.train.workdir import Workdir
 
 LEARNER, TRAINED, FROZEN, SHARP = "learner", "trained", "frozen", "frozen-sharp"
-HEADLINE = ("reward", "score")
 
-WARM_START_SEEDS, HELD_OUT_SEEDS, SELF_PLAY_SEEDS, ARENA_SEEDS = (i << 28 for i in range(4))
 ARENA_GAMES = 1 << 27  # first game id of the arena; self-play counts from 0
 
 
@@ -75,11 +86,11 @@ def check(config) -> None:
 
 def run(config, workdir: Workdir) -> Report:
     """Trains, evaluates, exports and reports; a stage whose output is there is skipped."""
-    if jax.process_count() > 1:
-        raise Refused(f"OMAR runs as one process; {jax.process_count()} were started")
+    idle = tell_of_idle_devices(config, "warm_start.rows", "minibatching.rows")
     start, tokenizer = starting_model(
         config, workdir.artifacts / "tokenizer", lambda: scripted_words(config)
     )
+    workdir.refuse_small_scratch(stored_bytes(start.decoder))
     world = World(config, take_apart(tokenizer), start.decoder.config)
     frozen = imitate(config, workdir, world, start, tokenizer)
     notes = left_out(workdir)
@@ -89,7 +100,7 @@ def run(config, workdir: Workdir) -> Report:
     say_the_same(config, workdir, world, trained)
     report, talks = compete(config, workdir, world, trained, frozen)
     episodes.write(workdir, config.env.name, partial(make_env, config), talks)
-    report.notes += notes + early
+    report.notes += notes + early + idle
     report.artifacts |= {
         "export": "export",
         "episodes": f"artifacts/{episodes.FILE}",
@@ -101,199 +112,125 @@ def run(config, workdir: Workdir) -> Report:
     return report
 
 
-# ---------------------------------------------------------------- 2. warm start
-
-
-def imitate(config, workdir: Workdir, world: World, start: ActorCritic, tokenizer) -> ActorCritic:
-    """Fine-tunes on scripted dialogues, every agent's view one example; the frozen opponent."""
-    folder = workdir.artifacts / "warm_start"
-    w = config.warm_start
-    if is_saved(folder):
-        return load(folder, config, world.decoder)
-    if w.steps:
-        start = warm_start.fit(
-            start,
-            make_optimizer(
-                make_schedule(w.learning_rate, kind="cosine", steps=w.steps, warmup=w.warmup),
-                b2=w.b2,
-                weight_decay=w.weight_decay,
-                clip_norm=w.clip_norm,
-            ),
-            examples(config, world, workdir, WARM_START_SEEDS, w.dialogues),
-            examples(config, world, workdir, HELD_OUT_SEEDS, w.held_out),
-            warm_start.WarmStart(
-                steps=w.steps,
-                streams=w.streams,
-                width=w.width,
-                rows=w.rows,
-                evaluate_every=w.evaluate_every,
-                checkpoint_every=config.checkpoint.warm_start_every,
-                keep=config.checkpoint.keep,
-                seed=config.seed,
-                value_gradient=w.value_gradient,
-            ),
-            workdir,
-        )
-    # In full precision, whatever the export will have: a resumed run reads it back.
-    exact = dataclasses.replace(world.decoder, stored_dtype="float32")
-    save(ActorCritic(run_as(start.decoder, exact), start.value_head), tokenizer, folder)
-    return start
-
-
-def examples(
-    config, world: World, workdir: Workdir, seeds: int, n: int
-) -> list[warm_start.Example]:
-    """Every agent's view of scripted dialogues; those longer than a row are left out and counted.
-
-    Raises:
-        Refused: none fits.
-    """
-    width = config.warm_start.width
-    out, longer = [], []
-    for episode in scripted_episodes(config, seeds, n):
-        for agent, view in episode.views.items():
-            tokens, own = world.template.render_view(view)
-            if len(tokens) > width:
-                longer.append(len(tokens))
-            elif any(own):
-                out.append(warm_start.Example(tokens, own, episode.rewards[agent]))
-    if not out:
-        raise Refused(
-            f"config.warm_start.width={width}; no scripted dialogue fits, "
-            f"the longest has {max(longer)} tokens"
-        )
-    if seeds == WARM_START_SEEDS:
-        counts = {"used": len(out), "longer_than_a_row": len(longer), "width": width}
-        atomic.write_json(workdir.artifacts / "warm_start_data.json", counts)
-    return out
-
-
-def left_out(workdir: Workdir) -> list[str]:
-    """A note when the warm start could not use every dialogue."""
-    path = workdir.artifacts / "warm_start_data.json"
-    counts = json.loads(path.read_text()) if path.is_file() else {"longer_than_a_row": 0}
-    if not counts["longer_than_a_row"]:
-        return []
-    return [
-        f"The warm start left out {counts['longer_than_a_row']} views of dialogues that are longer "
-        f"than a row of {counts['width']} tokens, and used {counts['used']}."
-    ]
-
-
-def scripted_words(config) -> Iterator[str]:
-    """What a small tokenizer is trained on."""
-    dialogues = min(config.warm_start.dialogues, 1000)
-    for episode in scripted_episodes(config, WARM_START_SEEDS, dialogues):
-        for view in episode.views.values():
-            yield from (message.content for message in view)
-
-
 # ---------------------------------------------------------------- 3. self-play
-
-
-@dataclasses.dataclass
-class Standing:
-    """Where self-play stands: what a checkpoint keeps of it."""
-
-    state: TrainState
-    done: int = 0  # iterations
-    alarms: Alarms = dataclasses.field(default_factory=Alarms)
-    notes: list[str] = dataclasses.field(default_factory=list)  # why it stopped early
-    rollout: tuple[list[dict], dict] | None = None  # games that were under way
-
-    @classmethod
-    def latest(cls, checkpoints: Checkpoints, state: TrainState, table: SelfPlay) -> "Standing":
-        """As it was last saved, or at the beginning with `state`."""
-        saved = checkpoints.latest()
-        if saved is None:
-            return cls(state)
-        host = checkpoints.host(saved)
-        like = {"state": state}
-        if host["rollout"] is not None:
-            like["rollout"] = table.like(host["rollout"])
-        arrays, _ = checkpoints.restore(saved, like)
-        rollout = (arrays["rollout"], host["rollout"]) if "rollout" in arrays else None
-        return cls(arrays["state"], host["done"], Alarms(**host["alarms"]), host["notes"], rollout)
-
-    def save(self, checkpoints: Checkpoints, table: SelfPlay | None = None) -> None:
-        """Saves it, with the games under way at `table` if one is given."""
-        arrays: dict = {"state": self.state}
-        host = {
-            "done": self.done,
-            "alarms": dataclasses.asdict(self.alarms),
-            "notes": self.notes,
-            "rollout": None,
-        }
-        if table is not None:
-            arrays["rollout"], host["rollout"] = table.snapshot()
-        checkpoints.save((checkpoints.latest() or 0) + 1, arrays, host)
 
 
 def self_play(
     config, workdir: Workdir, world: World, frozen: ActorCritic
 ) -> tuple[ActorCritic, list[str]]:
     """PPO on the model's conversations with itself. Returns the model and notes for the report."""
-    s = config.self_play
     ppo, optimizer, rate = learner(config)
-    frozen = replicate(frozen, ppo.mesh)
-    engines = world.engines(frozen)
-    table = world.table({LEARNER: engines})
-    start = TrainState.create(jax.tree.map(lambda x: x.copy(), frozen), optimizer)
-
-    with Checkpoints(workdir.checkpoints / "self_play", keep=config.checkpoint.keep) as checkpoints:
-        at = Standing.latest(checkpoints, start, table)
-        with (
-            MetricsWriter(workdir, "self_play", resume_at=at.done) as writer,
-            Progress(workdir, "self_play", s.iterations, start=at.done) as progress,
-        ):
-            profiler = Profiler(workdir, "self_play", parse_steps(config.profile.steps))
-            while at.done < s.iterations and not at.notes:
-                with profiler.step(at.done + 1):
-                    clock = [time.monotonic()]
-                    set_weights(engines, at.state.model)
-                    jax.block_until_ready([engine.weights for engine in engines])
-                    clock.append(time.monotonic())
-                    played = converse(config, table, at, checkpoints)
-                    clock.append(time.monotonic())
-                    trajectories, metrics = appraise(config, world, played)
-                    at.state, learned = ppo.iterate(
-                        at.state,
-                        trajectories,
-                        reference=frozen,
-                        learn_policy=at.done >= s.critic_warmup,
-                        seed=(config.seed, at.done),
-                    )
-                    clock.append(time.monotonic())
-                metrics |= learned | speeds(engines, len(played), trajectories.lengths, clock)
-                metrics["policy/learning_rate"] = rate(at.done)
-                if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
-                    raise Failed(
-                        f"self-play iteration {at.done + 1}: the loss is {metrics['loss']} and the "
-                        f"gradient norm {metrics['gradient_norm']}; "
-                        f"config.self_play.learning_rate={s.learning_rate} may be too high"
-                    )
-                at.done += 1
-                writer.write(at.done, metrics)
-                # Games that are cut have no score.
-                shown = {n: metrics[f"{n}/mean"] for n in HEADLINE if f"{n}/mean" in metrics}
-                progress.update(at.done, shown, tokens=sum(trajectories.lengths))
-                if at.done > s.critic_warmup and (why := at.alarms.sound(metrics, config.alarm)):
-                    at.notes.append(
-                        f"Self-play stopped early: {why}. The model after iteration {at.done} is "
-                        "what was measured and exported."
-                    )
-                stop = interrupt.requested()
-                last = at.done == s.iterations or at.notes
-                if stop or last or at.done % config.checkpoint.every == 0:
-                    at.save(checkpoints)
-                if stop:
-                    checkpoints.wait()
-                    raise Stopped(f"self-play stopped after iteration {at.done} of {s.iterations}")
-    return at.state.model, at.notes
+    frozen = place(frozen, ppo.mesh)
+    trained, resting = split(frozen, lora_config(config), jax.random.key(config.seed))
+    conversations = workdir.checkpoints / "self_play_conversations"
+    work = Iterations(config, world, ppo, frozen, resting, rate, conversations)
+    settings = LoopSettings(
+        "self_play",
+        config.self_play.iterations,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        headline=("reward/mean", "score/mean"),
+        profile=parse_steps(config.profile.steps),
+        ahead=0,  # the next conversations need the weights that these numbers are about
+        dtype=world.decoder.dtype,
+    )
+    start = jax.tree.map(lambda x: x.copy(), trained)
+    start = TrainState.create(start, optimizer, mesh=ppo.mesh)
+    outcome = Loop(work, start, settings, workdir).run()
+    work.close()
+    return merged(loosened(outcome.model), loosened(resting)), outcome.notes
 
 
-def learner(config) -> tuple[PPO, optax.GradientTransformation, Callable[[int], float]]:
-    """The PPO update, its optimizer, and the learning rate after so many iterations."""
+class Iterations:
+    """Self-play as the work of a loop: a step is an iteration, conversations and updates."""
+
+    def __init__(
+        self,
+        config,
+        world: World,
+        ppo: PPO,
+        frozen: ActorCritic,
+        resting: Decoder | None,
+        rate: np.ndarray,
+        conversations: PurePath,
+    ):
+        self._config, self._world, self._ppo = config, world, ppo
+        # Of an adapter the resting base is the frozen model's decoder: no second copy.
+        self._frozen, self._resting, self._rate = frozen, resting, rate
+        self._engines = world.engines(frozen)
+        self._games = SharedGames(world.table({LEARNER: self._engines}), conversations)
+        self._alarms = Alarms()
+
+    def step(
+        self, state: TrainState, done: int, save: Callable[[], None]
+    ) -> tuple[TrainState, Pending]:
+        clock = [time.monotonic()]
+        # The host takes part in a conversation: engines send it every burst.
+        with jax.transfer_guard("allow"):
+            set_weights(self._engines, join(state.model, self._resting))
+            jax.block_until_ready([engine.weights for engine in self._engines])
+            clock.append(time.monotonic())
+            played = self._games.play(
+                schedule(self._config, done),
+                save,
+                self._config.checkpoint.rollout_seconds,
+                f"self-play stopped in iteration {done + 1} of {self._config.self_play.iterations}",
+            )
+        clock.append(time.monotonic())
+        trajectories, metrics = appraise(self._config, self._world, played)
+        state, learned, finite = self._ppo.iterate(
+            state,
+            trajectories,
+            reference=self._frozen,
+            learn_policy=done >= self._config.self_play.critic_warmup,
+            seed=(self._config.seed, done),
+            resting=self._resting,
+        )
+        clock.append(time.monotonic())
+        lengths, architecture = trajectories.lengths, self._world.decoder
+        sampled, steps = decoded(self._engines)
+        flops = {
+            "rollout": rollout_flops(architecture, lengths, sampled),
+            "train": self._ppo.flops(architecture, lengths, trains_weights=self._resting is None),
+        }
+        metrics |= learned
+        metrics |= speeds(self._engines, sampled, steps, len(played), lengths, clock, flops)
+        metrics["policy/learning_rate"] = self._rate[done]
+        names = self._ppo.tensor_names
+        return state, Pending(metrics, finite, names, sum(lengths), sum(flops.values()))
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        return {}  # the arena does it, at the end
+
+    def verdict(self, step: int, metrics: dict[str, float]) -> str | None:
+        if step <= self._config.self_play.critic_warmup:
+            return None
+        why = self._alarms.sound(metrics, self._config.alarm)
+        return why and (
+            f"Self-play stopped early: {why}. The model after iteration {step} is what was "
+            "measured and exported."
+        )
+
+    def snapshot(self) -> tuple[dict, dict]:
+        """The alarms, and the games when there are any under way."""
+        return {}, {"alarms": dataclasses.asdict(self._alarms), "games": self._games.snapshot()}
+
+    def like(self, host: dict) -> dict:
+        return {}
+
+    def restore(self, arrays: dict, host: dict) -> None:
+        self._alarms = Alarms(**host["alarms"])
+        self._games.restore(host["games"])
+
+    def close(self) -> None:
+        self._games.close()
+
+
+def learner(
+    config, devices: Sequence[jax.Device] | None = None
+) -> tuple[PPO, optax.GradientTransformation, np.ndarray]:
+    """The PPO update, its optimizer, and the learning rate at the start of every iteration; on
+    other devices than those of this run if they are given."""
     s = config.self_play
     coefficients, credit, minibatching = settings.ppo_parts(config)
     updates = minibatching.epochs * minibatching.minibatches
@@ -301,7 +238,11 @@ def learner(config) -> tuple[PPO, optax.GradientTransformation, Callable[[int], 
         s.learning_rate, kind=s.schedule, steps=s.iterations * updates, warmup=s.warmup
     )
     optimizer = make_optimizer(
-        schedule, b2=s.b2, weight_decay=s.weight_decay, clip_norm=s.clip_norm
+        schedule,
+        kind=s.optimizer,
+        b2=s.b2,
+        weight_decay=s.weight_decay,
+        clip_norm=s.clip_norm,
     )
     ppo = PPO(
         optimizer,
@@ -311,29 +252,9 @@ def learner(config) -> tuple[PPO, optax.GradientTransformation, Callable[[int], 
         temperature=config.rollout.temperature,
         value_gradient=s.value_gradient,
         teams=len(teams(config)),
+        mesh=training_mesh(config, minibatching.rows, devices),
     )
-    return ppo, optimizer, lambda done: float(schedule(done * updates))
-
-
-def converse(config, table: SelfPlay, at: Standing, checkpoints: Checkpoints) -> list[Played]:
-    """Plays the games of an iteration, those of a checkpoint from where they were."""
-    games = schedule(config, at.done)
-    if at.rollout is None:
-        table.start(games)
-    else:
-        table.restore(*at.rollout)
-        at.rollout = None
-    last_save = time.monotonic()
-    while table.advance():
-        if interrupt.requested():
-            at.save(checkpoints, table)
-            checkpoints.wait()
-            iterations = config.self_play.iterations
-            raise Stopped(f"self-play stopped in iteration {at.done + 1} of {iterations}")
-        if time.monotonic() - last_save > config.checkpoint.rollout_seconds:
-            at.save(checkpoints, table)
-            last_save = time.monotonic()
-    return table.results(games)
+    return ppo, optimizer, rates(schedule, s.iterations * updates)[::updates]
 
 
 def appraise(
@@ -411,16 +332,13 @@ def compete(
         league=config.arena.league,
         seed=config.seed,
     )
-    policies = {
-        TRAINED: world.engines(trained),
-        FROZEN: world.engines(frozen),
-        SHARP: world.engines(frozen, config.arena.sharp_temperature),
-    }
+    policies = {TRAINED: world.engines(trained), FROZEN: world.engines(frozen)}
+    policies[SHARP] = world.twins(policies[FROZEN], config.arena.sharp_temperature)
     pairings = study.pairings()
 
     def on_progress(done: int, total: int) -> None:
         progress.update(done, {})
-        if interrupt.requested():
+        if interrupt.noticed():
             raise Stopped(f"the arena stopped after {done} of {total} games; it starts again")
 
     with Progress(workdir, "arena", sum(p.games for p in pairings)) as progress:
@@ -432,6 +350,7 @@ def compete(
             on_progress=on_progress,
         )
     report = cross_play.evaluate(study, results)
+    report.kernels = world.kernels()
     same = [
         results[arena.Pairing((name,) * study.players[0], study.games)]
         for name in (FROZEN, TRAINED)
@@ -445,7 +364,12 @@ def compete(
 
 def export(config, workdir: Workdir, world: World, trained: ActorCritic, tokenizer) -> None:
     """Writes a Hugging Face folder whose `generate` stops and samples as self-play did."""
-    if not is_saved(workdir.export):
+
+    def there() -> bool:
+        workdir.fetch_export()
+        return is_saved(workdir.export)
+
+    if not processes.of_process_0("is the export there", there):
         ends = dict.fromkeys((world.template.end, *trained.decoder.config.eos_token_ids))
         generation = {
             "eos_token_id": list(ends),
@@ -453,7 +377,8 @@ def export(config, workdir: Workdir, world: World, trained: ActorCritic, tokeniz
             "temperature": config.rollout.temperature,
             "max_new_tokens": config.rollout.turn_budget,
         }
-        save(trained, tokenizer, workdir.export, generation)
+        kept = hf.generation_config(config.model.path) if config.model.path else {}
+        save(trained, tokenizer, workdir.export, kept | generation)
 
 
 def say_the_same(config, workdir: Workdir, world: World, trained: ActorCritic) -> None:
@@ -462,9 +387,10 @@ def say_the_same(config, workdir: Workdir, world: World, trained: ActorCritic) -
         Game(2 * ARENA_GAMES - 1 - i, world.first_seed + ARENA_SEEDS + i, (LEARNER,))
         for i in range(16)
     ]
+    workdir.fetch_export()
     reloaded = load(workdir.export, config)
     said = [
-        [g.transcript for g in world.table({LEARNER: world.engines(model)}).play(games)]
+        [g.transcript for g in play(games, world.table({LEARNER: world.engines(model)}))]
         for model in (trained, reloaded)
     ]
     if said[0] != said[1]:
@@ -480,12 +406,24 @@ def evaluate(config, workdir: Workdir) -> Report:
 
 def chat(config, workdir: Workdir) -> None:
     """`--chat`: a person takes the first seat against the exported checkpoint."""
+    if processes.count() > 1:
+        raise Refused(f"--chat needs one process; {processes.count()} were started")
     talk(*exported(config, workdir))
 
 
 def exported(config, workdir: Workdir) -> tuple[World, ActorCritic]:
+    workdir.fetch_export()
     if not is_saved(workdir.export):
         raise Refused(f"{workdir.export} holds no export; train first")
     trained = load(workdir.export, config)
     tokenizer = load_decoder(workdir.export, config)[1]
     return World(config, take_apart(tokenizer), trained.decoder.config), trained
+
+
+# ---------------------------------------------------------------- before there is a model
+
+
+def planned(config, devices: Sequence[jax.Device]) -> list[Planned]:
+    """Self-play of a run on these devices, its arguments shapes alone."""
+    ppo, optimizer, _ = learner(config, devices)
+    return planned_self_play(config, devices, ppo, optimizer)

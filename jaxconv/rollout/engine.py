@@ -10,97 +10,35 @@ it collects the last keeps the device busy while it steps its environments.
 
 The last token of what a slot was given is not prefilled: it is the first input of the next burst.
 So a prefill needs no logits, and a turn's first token is sampled by the same code as all others.
+
+Where the caller says which tokens may come next (a grammar), it takes single steps instead of
+bursts: `read` starts one, the caller finds its masks meanwhile, `choose` draws, `collect` waits.
 """
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jaxconv.errors import Refused
 from jaxconv.models.config import DecoderConfig
-from jaxconv.models.decode import DecodeWeights, prefill
-from jaxconv.rollout.burst import BurstLog, SlotState, decode_burst, give_turns, grow
+from jaxconv.models.decode import Cache, DecodeWeights
+from jaxconv.models.device_group import DeviceGroup, refuse_uneven
+from jaxconv.rollout.burst import BurstLog, decode_burst, give_turns, grow
+from jaxconv.rollout.masked import Read, draw_allowed, put_prefix, read, take_prefix
+from jaxconv.rollout.programs import (
+    abstract_log,
+    abstract_state,
+    make_silent,
+    state_shardings,
+    write_prefill,
+)
+from jaxconv.rollout.shape import EngineShape, Sampling
 
-_prefill = jax.jit(prefill, static_argnames=("config",), donate_argnames=("cache",))
-
-
-@functools.cache
-def _silent(config: DecoderConfig, slots: int, length: int, device: jax.Device):
-    """One program that makes fresh slots on a device: several times as quick as array by array."""
-    return jax.jit(
-        lambda: SlotState.silent(config, slots, length),
-        out_shardings=SingleDeviceSharding(device),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """The distribution that a turn is drawn from; its log-prob is what is recorded.
-
-    Attributes:
-        temperature: at least 0, which is greedy.
-        top_k: at least 0, which is off.
-        top_p: above 0, at most 1, which is off.
-        min_p: from 0, which is off, to 1.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self):
-        for field, fits, expected in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-        ):
-            if not fits:
-                raise _refusal(field, getattr(self, field), expected)
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineShape:
-    """Sizes that are compiled into an engine.
-
-    Attributes:
-        slots: rows of the cache.
-        lengths: cache lengths, ascending. The cache grows from one to the next when a stream gets
-            there; the last one is where a stream ends.
-        burst: most tokens that one dispatch decodes in a slot.
-        leave: fraction of the slots speaking at the start of a burst after whose end the burst
-            leaves early; above 0, at most 1.
-        prefill_rows: row counts of a prefill, ascending. More slots take several prefills.
-        prefill_tokens: token counts of a prefill, ascending; longer pieces take several.
-    """
-
-    slots: int = 64
-    lengths: tuple[int, ...] = (128, 256)
-    burst: int = 32
-    leave: float = 0.75
-    prefill_rows: tuple[int, ...] = (16, 64)
-    prefill_tokens: tuple[int, ...] = (16, 64)
-
-    def __post_init__(self):
-        for field in ("slots", "burst"):
-            if getattr(self, field) < 1:
-                raise _refusal(field, getattr(self, field), "at least 1")
-        for field in ("lengths", "prefill_rows", "prefill_tokens"):
-            sizes = getattr(self, field)
-            if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-                raise _refusal(field, sizes, "sizes of at least 1 that ascend")
-        if not 0 < self.leave <= 1:
-            raise _refusal("leave", self.leave, "above 0 and at most 1")
-
-
-def _refusal(field: str, value: object, expected: str) -> Refused:
-    return Refused(f"rollout.{field}={value}; it must be {expected}")
+_SHARED = 8  # prefixes that an engine keeps
+_WORTH = 16  # tokens of a prefix: fewer are read again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +50,8 @@ class Turn:
         tokens: sampled ids, the end token included when there is one.
         logprobs: log-prob of each under the distribution it was sampled from, float32.
         values: critic before each token, float32.
-        end: "stop" (the end token was sampled), "budget" (turn length) or "cache" (the stream is
-            full).
+        end: "stop" (the end token was sampled), "budget" (turn length), "cache" (the stream is
+            full) or "caller" (by `end`).
     """
 
     slot: int
@@ -149,8 +87,9 @@ class Engine:
         key: typed key of the run. A stream's randomness is folded from it by stream id and then by
             position, so its text does not depend on its slot or on what else is in the batch.
         sampling: how turns are drawn; may be replaced at any time without a new compilation.
-        device: where the cache lives and bursts run; the first local device if not given. Weights
-            must be set there.
+        group: devices of this process that the engine spans, where its cache lives and its
+            programs run; the first one alone if not given. Weights must be set there, as
+            `models.handover.hand_over` makes them.
     """
 
     def __init__(
@@ -161,7 +100,7 @@ class Engine:
         stop_ids: Sequence[int],
         key: jax.Array,
         sampling: Sampling | None = None,
-        device: jax.Device | None = None,
+        group: DeviceGroup | None = None,
     ):
         if shape.lengths[-1] > config.max_positions:
             raise Refused(
@@ -170,23 +109,43 @@ class Engine:
             )
         self.config, self.shape = config, shape
         self.sampling = sampling or Sampling()
-        self.weights: DecodeWeights | None = None
-        self.device = device or jax.local_devices()[0]
-        self._key = jax.device_put(key, self.device)
+        self._weights: DecodeWeights | None = None
+        self.group = group or DeviceGroup((jax.local_devices()[0],))
+        refuse_uneven(config, len(self.group.devices))
+        self._key = jax.device_put(key, self.group.sharding())
         self._stop = frozenset(stop_ids)
-        self._stop_ids = jax.device_put(np.array(sorted(self._stop), np.int32), self.device)
+        stop = np.array(sorted(self._stop), np.int32)
+        self._stop_ids = jax.device_put(stop, self.group.sharding())
         self.reset()
+
+    @property
+    def weights(self) -> DecodeWeights | None:
+        """What speaks from the next burst on. New ones end the sharing of prefixes."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: DecodeWeights | None) -> None:
+        self._weights = weights
+        self._shared.clear()
 
     def reset(self) -> None:
         """Frees every slot and forgets everything but the weights."""
         b = self.shape.slots
-        self._state = _silent(self.config, b, self.shape.lengths[0], self.device)()
+        self._state = make_silent(self.config, b, self.shape.lengths[0], self.group)()
         self._free = list(range(b - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         self._waiting: list[int] = []
         self._flying: collections.deque[BurstLog] = collections.deque()
+        self._read: Read | None = None
+        self._shared: dict[tuple[int, ...], Cache] = {}
         self.steps = 0  # slot-steps decoded, idle slots included: the denominator of occupancy
         self.sampled = 0  # tokens sampled
+        self.prefilled = 0  # tokens written by prefills
+
+    @property
+    def device(self) -> jax.Device:
+        """The first device that the engine is on; no two groups share it."""
+        return self.group.devices[0]
 
     @property
     def free(self) -> int:
@@ -241,22 +200,96 @@ class Engine:
 
     def dispatch(self) -> None:
         """Starts the prefills that wait and one burst; returns at once."""
-        self._grow()
-        if self._waiting:
-            self._prefill(self._waiting)
-            self._give_turns(self._waiting)
-            self._waiting = []
+        self._begin_turns()
         s = self.sampling
-        self._state, log = decode_burst(
-            self.weights,
-            self._state,
-            np.array([s.temperature, s.top_k, s.top_p, s.min_p], np.float32),
-            self._stop_ids,
-            np.float32(self.shape.leave),
-            config=self.config,
-            burst=self.shape.burst,
-        )
+        with self.group.tracing():
+            self._state, log = decode_burst(
+                self.weights,
+                self._state,
+                np.array([s.temperature, s.top_k, s.top_p, s.min_p], np.float32),
+                self._stop_ids,
+                np.float32(self.shape.leave),
+                config=self.config,
+                burst=self.shape.burst,
+            )
         self._flying.append(log)
+
+    def read(self) -> None:
+        """Starts the prefills that wait and the first half of one step; returns at once.
+
+        Steps and bursts do not mix: an engine takes one kind until it is `reset`.
+        """
+        self._begin_turns()
+        with self.group.tracing():
+            self._state, self._read = read(self.weights, self._state, config=self.config)
+
+    def choose(self, allowed_BW: np.ndarray, sampling: Mapping[int, Sampling]) -> None:
+        """Starts the second half of a step, which samples one token for every slot that speaks.
+
+        Args:
+            allowed_BW: uint32 [slots, ceil(V / 32)]; bit i of word w allows token 32 w + i. Every
+                slot that speaks has to be allowed one at least.
+            sampling: by slot; others sample as `sampling` of the engine says.
+        """
+        if self._read is None:
+            raise ValueError("`read` begins a step")
+        speaking_B = np.zeros(self.shape.slots, bool)
+        speaking_B[[slot for slot, held in self._slots.items() if held.budget]] = True
+        sampling_B4 = np.empty((self.shape.slots, 4), np.float32)
+        for slot in range(self.shape.slots):
+            s = sampling.get(slot, self.sampling)
+            sampling_B4[slot] = s.temperature, s.top_k, s.top_p, s.min_p
+        cache = self._state.cache
+        with self.group.tracing():
+            state, log = draw_allowed(
+                dataclasses.replace(self._state, cache=()),
+                self._read,
+                allowed_BW,
+                speaking_B,
+                sampling_B4,
+                self._stop_ids,
+                config=self.config,
+            )
+        self._state, self._read = dataclasses.replace(state, cache=cache), None
+        self._flying.append(log)
+
+    def said(self, slot: int) -> list[int]:
+        """Tokens of the slot's turn under way, as far as they have been collected."""
+        return self._slots[slot].tokens
+
+    def end(self, slot: int) -> Turn:
+        """Ends the turn under way of a slot between two steps, and returns it.
+
+        A turn in which no token was sampled can be ended only to close the slot.
+        """
+        if self._flying or self._read is not None:
+            raise ValueError("a step is under way")
+        if slot in self._waiting:
+            self._waiting.remove(slot)
+            self._slots[slot].budget = 0
+            return Turn(slot, [], [], [], "caller")
+        return self._ended(slot, "caller")
+
+    def share(self, tokens: Sequence[int]) -> None:
+        """Reads a prefix once for all streams that will begin with some of it.
+
+        What a new stream has in common with a shared prefix it takes from there and does not read
+        again, if it is at least 16 tokens. The engine keeps the last few prefixes, until it gets
+        other weights; snapshots have none.
+
+        Raises:
+            ValueError: no slot is free, or the prefix is empty or longer than a stream.
+        """
+        if not self._free or not 0 < len(tokens) < self.shape.lengths[-1]:
+            raise ValueError(f"a prefix of {len(tokens)} tokens, and {len(self._free)} free slots")
+        row = self._free[-1]
+        self._grow(len(tokens) + 1)
+        self._prefill({row: (0, tokens)})
+        with self.group.tracing():
+            taken = take_prefix(self._state.cache, np.int32(row), length=len(tokens))
+        self._shared[tuple(tokens)] = taken
+        if len(self._shared) > _SHARED:
+            del self._shared[next(iter(self._shared))]
 
     def collect(self) -> list[Turn]:
         """Waits for the oldest burst under way and returns the turns that ended in it."""
@@ -278,10 +311,7 @@ class Engine:
                 continue
             end = "budget" if held.cached + len(held.tokens) < self._last else "cache"
             end = "stop" if held.tokens[-1] in self._stop else end
-            turns.append(Turn(slot, held.tokens, held.logprobs, held.values, end))
-            held.cached += len(held.tokens)
-            held.tail, held.budget = [held.tokens[-1]], 0
-            held.tokens, held.logprobs, held.values = [], [], []
+            turns.append(self._ended(slot, end))
         return turns
 
     def snapshot(self) -> tuple[dict, dict]:
@@ -302,15 +332,15 @@ class Engine:
 
     def like(self, host: dict) -> dict:
         """Shapes of the arrays of a snapshot, given its JSON-able part."""
-        state = SlotState.silent(self.config, self.shape.slots, host["length"])
-        log = BurstLog.empty(self.shape.slots, self.shape.burst)
+        state = abstract_state(self.config, self.shape.slots, host["length"], self.group)
+        log = abstract_log(self.shape, self.group)
         return {"state": state, "flying": [log] * host["flying"]}
 
     def restore(self, arrays: dict, host: dict) -> None:
         """Goes back to a snapshot."""
-        arrays = jax.device_put(arrays, self.device)
-        self._state = arrays["state"]
-        self._flying = collections.deque(arrays["flying"])
+        where = state_shardings(self.config, self.group)
+        self._state = jax.device_put(arrays["state"], where)
+        self._flying = collections.deque(jax.device_put(arrays["flying"], self.group.sharding()))
         self._free, self._waiting = list(host["free"]), list(host["waiting"])
         self._slots = {int(slot): _Slot(**held) for slot, held in host["slots"].items()}
         self.steps, self.sampled = host["counters"]
@@ -319,14 +349,35 @@ class Engine:
     def _last(self) -> int:
         return self.shape.lengths[-1] - 1
 
-    def _grow(self) -> None:
+    def _ended(self, slot: int, end: str) -> Turn:
+        held = self._slots[slot]
+        turn = Turn(slot, held.tokens, held.logprobs, held.values, end)
+        held.cached += len(held.tokens)
+        held.tail, held.budget = held.tokens[-1:], 0
+        held.tokens, held.logprobs, held.values = [], [], []
+        return turn
+
+    def _begin_turns(self) -> None:
+        self._grow()
+        if not self._waiting:
+            return
+        self._prefill(
+            {
+                slot: (self._slots[slot].cached, self._slots[slot].tail[:-1])
+                for slot in self._waiting
+            }
+        )
+        self._give_turns(self._waiting)
+        self._waiting = []
+
+    def _grow(self, need: int = 0) -> None:
         """Pads the cache to the bucket that holds every stream at the end of the next burst.
 
         Attention reads the whole bucket at every step, so room for the rest of a turn's budget is
         made only when the turn gets there. The bursts under way may have sampled all they can.
         """
         bursts = (len(self._flying) + 1) * self.shape.burst
-        need = max(
+        speaking = max(
             (
                 held.cached + max(len(held.tail), 1) + len(held.tokens) + min(held.budget, bursts)
                 for held in self._slots.values()
@@ -334,40 +385,71 @@ class Engine:
             ),
             default=0,
         )
-        length = next(n for n in self.shape.lengths if n >= need)
+        length = next(n for n in self.shape.lengths if n >= max(need, speaking))
         if length > self._state.cache[0][0].shape[2]:
-            cache = grow(self._state.cache, length=length)
+            with self.group.tracing():
+                cache = grow(self._state.cache, length=length)
             self._state = dataclasses.replace(self._state, cache=cache)
 
-    def _prefill(self, slots: Sequence[int]) -> None:
-        """Writes all but the last known token of each slot to the cache, piece by piece."""
+    def _prefill(self, given: Mapping[int, tuple[int, Sequence[int]]]) -> None:
+        """Writes tokens to the cache, piece by piece: by slot, from which position on which."""
+        left = dict(given)
+        self._use_shared(left)
         widest = self.shape.prefill_tokens[-1]
-        pieces = dict.fromkeys(slots, 0)  # tokens of the tail already written
-        while pieces:
-            by_width: dict[int, list[tuple[int, int, int]]] = {}
-            for slot, done in list(pieces.items()):
-                count = min(len(self._slots[slot].tail) - 1 - done, widest)
-                if count <= 0:
-                    del pieces[slot]
+        while left:
+            by_width: dict[int, list[tuple[int, int, Sequence[int]]]] = {}
+            for slot, (start, tokens) in list(left.items()):
+                piece = tokens[:widest]
+                if not piece:
+                    del left[slot]
                     continue
-                width = next(w for w in self.shape.prefill_tokens if w >= count)
-                by_width.setdefault(width, []).append((slot, done, count))
-                pieces[slot] = done + count
+                width = next(w for w in self.shape.prefill_tokens if w >= len(piece))
+                by_width.setdefault(width, []).append((slot, start, piece))
+                left[slot] = start + len(piece), tokens[len(piece) :]
             for width, rows in sorted(by_width.items()):
                 for i in range(0, len(rows), self.shape.prefill_rows[-1]):
                     self._prefill_rows(rows[i : i + self.shape.prefill_rows[-1]], width)
 
-    def _prefill_rows(self, rows: Sequence[tuple[int, int, int]], width: int) -> None:
-        n = next(r for r in self.shape.prefill_rows if r >= len(rows))
+    def _use_shared(self, left: dict[int, tuple[int, Sequence[int]]]) -> None:
+        """Puts shared prefixes into the slots of streams that begin, and takes them off `left`."""
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for slot, (start, tokens) in left.items():
+            if start or not self._shared:
+                continue
+            prefix = max(self._shared, key=lambda shared: in_common(shared, tokens))
+            same = in_common(prefix, tokens)
+            if same >= _WORTH:
+                rows_of.setdefault(prefix, []).append(slot)
+                left[slot] = same, tokens[same:]
+        most = self.shape.prefill_rows[-1]
+        for prefix, slots in rows_of.items():
+            # What is put beyond what they have in common is written over before it is read.
+            for i in range(0, len(slots), most):
+                rows = self._padded_rows(slots[i : i + most])
+                with self.group.tracing():
+                    cache = put_prefix(self._state.cache, self._shared[prefix], rows)
+                self._state = dataclasses.replace(self._state, cache=cache)
+
+    def _padded_rows(self, slots: Sequence[int]) -> np.ndarray:
+        """As many rows as some prefill has. Padding lies outside the cache, each at its place."""
+        n = next(r for r in self.shape.prefill_rows if r >= len(slots))
+        rows = np.arange(self.shape.slots, self.shape.slots + n, dtype=np.int32)
+        rows[: len(slots)] = slots
+        return rows
+
+    def _prefill_rows(self, given: Sequence[tuple[int, int, Sequence[int]]], width: int) -> None:
+        rows = self._padded_rows([slot for slot, _, _ in given])
+        n = len(rows)
         tokens = np.zeros((n, width), np.int32)
-        # Padding rows lie outside the cache, each at a place of its own.
-        at = np.arange(self.shape.slots, self.shape.slots + n, dtype=np.int32)
         start, count = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        for i, (slot, done, size) in enumerate(rows):
-            held = self._slots[slot]
-            tokens[i, :size] = held.tail[done : done + size]
-            at[i], start[i], count[i] = slot, held.cached + done, size
-        cache = _prefill(self.weights, self.config, self._state.cache, tokens, at, start, count)
+        for i, (_, at, piece) in enumerate(given):
+            tokens[i, : len(piece)] = piece
+            start[i], count[i] = at, len(piece)
+            self.prefilled += len(piece)
+        with self.group.tracing():
+            cache = write_prefill(
+                self.weights, self.config, self._state.cache, tokens, rows, start, count
+            )
         self._state = dataclasses.replace(self._state, cache=cache)
 
     def _give_turns(self, slots: Sequence[int]) -> None:
@@ -381,4 +463,11 @@ class Engine:
             rows[i], stream[i], token[i] = slot, held.stream, held.tail[-1]
             length[i], budget[i] = held.cached, held.budget
             held.tail = []
-        self._state = give_turns(self._state, self._key, rows, stream, token, length, budget)
+        with self.group.tracing():
+            self._state = give_turns(self._state, self._key, rows, stream, token, length, budget)
+
+
+def in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two streams begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

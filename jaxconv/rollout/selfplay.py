@@ -8,7 +8,10 @@ listen and its slots are not held idle by agents whose turn it is not.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
+
+import jax
 
 from jaxconv.data.conversation import Message
 from jaxconv.data.template import ChatTemplate
@@ -107,7 +110,8 @@ def _game(state: dict) -> Game:
     return Game(state["id"], state["seed"], tuple(state["cast"]))
 
 
-def _played(state: dict) -> Played:
+def as_played(state: dict) -> Played:
+    """The conversation that a snapshot holds."""
     return Played(
         **{
             **state,
@@ -183,6 +187,7 @@ class SelfPlay:
         by_id = {played.game.id: played for played in self.finished}
         return [by_id[game.id] for game in games]
 
+    @functools.partial(jax.profiler.annotate_function, name="rollout")
     def advance(self) -> bool:
         """Starts at most one burst and reads at most one; False when every game is over."""
         self._admit()
@@ -195,7 +200,9 @@ class SelfPlay:
         if self._flying and (len(self._flying) > self._ahead or not started):
             index = self._flying.popleft()
             for turn in self._engines[index].collect():
-                self._spoke(index, turn)
+                # A turn that ended in the same burst may have been the last of this one's game.
+                if (index, turn.slot) in self._owner:
+                    self._spoke(index, turn)
         return bool(self._queue or self._live or self._flying)
 
     def snapshot(self) -> tuple[list[dict], dict]:
@@ -220,7 +227,7 @@ class SelfPlay:
         for engine, a, h in zip(self._engines, arrays, host["engines"], strict=True):
             engine.restore(a, h)
         self._queue = collections.deque(_game(game) for game in host["queue"])
-        self.finished = [_played(played) for played in host["finished"]]
+        self.finished = [as_played(played) for played in host["finished"]]
         self._flying, self._next = collections.deque(host["flying"]), host["next"]
         self._live, self._owner = {}, {}
         for state in host["live"]:
@@ -231,7 +238,7 @@ class SelfPlay:
                 self._owner[lane] = (game, seat)
 
     def _revive(self, state: dict) -> _Live:
-        played = _played(state["played"])
+        played = as_played(state["played"])
         env = self._make_env()
         env.reset(played.game.seed)
         scripts = {}
@@ -348,6 +355,7 @@ class SelfPlay:
                 return
             step = self._step(live)
 
+    @functools.partial(jax.profiler.annotate_function, name="env_step")
     def _step(self, live: _Live) -> Step:
         """Everybody who was asked has spoken."""
         said, live.actions = live.said(), {}

@@ -1,20 +1,20 @@
 """What a self-play config may be: refused before any work, in one line that names the field."""
 
-from collections.abc import Callable
-from typing import Any
-
 from jaxconv import envs
 from jaxconv.errors import Refused
-from jaxconv.models.config import COMPUTE_DTYPES, REMAT_POLICIES
+from jaxconv.models.config import EXECUTION
+from jaxconv.models.device_group import refuse_uneven
 from jaxconv.objectives.advantages import check_pair
 from jaxconv.objectives.ppo import PPOCoefficients
 from jaxconv.rollout.quality import QualityRules
 from jaxconv.rollout.world import engine_shape, make_env
-from jaxconv.train.config import config_value
-from jaxconv.train.optimizer import SCHEDULES
+from jaxconv.train import checks
+from jaxconv.train.mesh import check_section
+from jaxconv.train.optimizer import OPTIMIZERS, SCHEDULES
 from jaxconv.train.ppo import Credit, Minibatching
 from jaxconv.train.profiling import parse_steps
 from jaxconv.train.starting_point import small_decoder
+from jaxconv.train.trainable import lora_config
 
 AT_LEAST = {
     "seed": 0,
@@ -26,6 +26,7 @@ AT_LEAST = {
     "warm_start.rows": 1,
     "rollout.slots": 1,
     "rollout.engines": 1,
+    "rollout.tensor": 1,
     "rollout.lengths": 1,
     "rollout.burst": 1,
     "rollout.prefill_rows": 1,
@@ -83,19 +84,10 @@ FRACTIONS = (
 def check(config) -> None:
     """Refuses what cannot work, before any work is done."""
     _training, _held_out = envs.temperaments(config.env.name)
-    for field, least in AT_LEAST.items():
-        value = config_value(config, field)
-        if min(value if isinstance(value, tuple | list) else (value,), default=least - 1) < least:
-            raise Refused(f"config.{field}={value}; it must be at least {least}")
-    for field in FRACTIONS:
-        if not 0 <= (value := config_value(config, field)) <= 1:
-            raise Refused(f"config.{field}={value}; it must be from 0 to 1")
-    for field in ("warm_start.b2", "self_play.b2"):
-        if not 0 <= (value := config_value(config, field)) < 1:
-            raise Refused(f"config.{field}={value}; it must be at least 0 and below 1")
-    for field in POSITIVE:
-        if not (value := config_value(config, field)) > 0:
-            raise Refused(f"config.{field}={value}; it must be above 0")
+    checks.at_least(config, AT_LEAST)
+    checks.fractions(config, FRACTIONS)
+    checks.below_one(config, ("warm_start.b2", "self_play.b2"))
+    checks.positive(config, POSITIVE)
     if config.model.embed_dim % (2 * config.model.num_heads):
         raise Refused(
             f"config.model.num_heads={config.model.num_heads}; "
@@ -108,17 +100,27 @@ def check(config) -> None:
         )
     if config.rollout.slots * config.rollout.engines < 2:
         raise Refused("config.rollout.slots=1 with .engines=1; a conversation needs two slots")
-    _one_of("config.self_play.schedule", config.self_play.schedule, SCHEDULES)
-    _naming("config.env.", lambda: make_env(config))
+    checks.one_of(config, {"self_play.schedule": SCHEDULES})
+    check_section(config)
+    checks.one_of(config, {f"{s}.optimizer": OPTIMIZERS for s in ("warm_start", "self_play")})
+    checks.naming("config.env.", lambda: make_env(config))
     if config.model.path:
-        _one_of("config.model.dtype", config.model.dtype, COMPUTE_DTYPES)
-        _one_of("config.model.remat", config.model.remat, REMAT_POLICIES)
+        checks.one_of(config, {f"model.{name}": known for name, known in EXECUTION.items()})
     else:
-        _naming("config.model.", lambda: small_decoder(config))
+        positions = config.rollout.lengths[-1]
+        small = checks.naming("config.model.", lambda: small_decoder(config, positions))
+        refuse_uneven(small, config.rollout.tensor)
+    checks.at_least(config, {"lora.rank": 0})
+    checks.naming("config.lora: ", lambda: lora_config(config))
+    if config.lora.dropout:
+        raise Refused(
+            f"config.lora.dropout={config.lora.dropout}; self-play needs 0, because what is "
+            "trained must be what has spoken"
+        )
     ppo_parts(config)
     QualityRules(**config.quality)
     parse_steps(config.profile.steps)
-    shape = _naming("config.", lambda: engine_shape(config))
+    shape = checks.naming("config.", lambda: engine_shape(config))
     if config.rollout.turn_budget >= shape.lengths[-1]:
         raise Refused(
             f"config.rollout.turn_budget={config.rollout.turn_budget}; "
@@ -138,19 +140,6 @@ def check(config) -> None:
             f"config.arena.script_games={a.script_games}; it must be from 2 to "
             f"config.arena.games={a.games}"
         )
-
-
-def _naming(prefix: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns; its refusals name the part of the config that they are about."""
-    try:
-        return make()
-    except Refused as error:
-        raise Refused(f"{prefix}{error}") from None
-
-
-def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise Refused(f"{field}={value!r}; it may be {', '.join(known)}")
 
 
 def ppo_parts(config) -> tuple[PPOCoefficients, Credit, Minibatching]:

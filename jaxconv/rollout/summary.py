@@ -2,10 +2,12 @@
 
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxconv import processes
+from jaxconv.perf.flops import rates_of
 from jaxconv.rollout.engine import Engine
 from jaxconv.rollout.selfplay import Played
 
@@ -71,20 +73,35 @@ def _distinct(texts: Sequence[str], n: int) -> float:
     return len(grams) / max(sum(grams.values()), 1)
 
 
+def decoded(engines: Sequence[Engine]) -> tuple[int, int]:
+    """Tokens sampled, and slot-steps that took, on the engines of all processes."""
+    own = sum(engine.sampled for engine in engines), sum(engine.steps for engine in engines)
+    sampled, steps = zip(*processes.gather("tokens sampled", own), strict=True)
+    return sum(sampled), sum(steps)
+
+
 def speeds(
-    engines: Sequence[Engine], games: int, lengths: Sequence[int], clock: Sequence[float]
+    engines: Sequence[Engine],
+    sampled: int,
+    steps: int,
+    games: int,
+    lengths: Sequence[int],
+    clock: Sequence[float],
+    flops: Mapping[str, float],
 ) -> dict[str, float]:
     """Seconds by phase, rates, the share of slot-steps that sampled a token, and memory.
 
+    Rates are those of all processes together; memory is that of this one.
+
     Args:
-        engines: that the games were played on.
-        games: how many.
+        engines: of this process.
+        sampled, steps: of `decoded`.
+        games: how many were played.
         lengths: tokens of each stream that was trained on.
         clock: seconds at the start and after each phase: weights, rollout, training.
+        flops: model FLOPs of "rollout" and "train".
     """
     sync, rollout, train = np.diff(clock)
-    sampled = sum(engine.sampled for engine in engines)
-    steps = sum(engine.steps for engine in engines)
     out = {
         "time/sync_s": sync,
         "time/rollout_s": rollout,
@@ -95,8 +112,12 @@ def speeds(
         "speed/slot_occupancy": sampled / max(steps, 1),
         "memory/host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+    for phase, seconds in (("rollout", rollout), ("train", train)):
+        rates = rates_of(flops[phase], seconds, engines[0].config.dtype)
+        out |= {f"speed/{phase}_{name}": rate for name, rate in rates.items()}
     # A CPU keeps no account of its own.
-    peaks = [(engine.device.memory_stats() or {}).get("peak_bytes_in_use") for engine in engines]
+    devices = {device for engine in engines for device in engine.group.devices}
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     if all(peaks):
         out["memory/device_peak_mib"] = max(peaks) / 2**20
     return out

@@ -1,6 +1,7 @@
 """Where a config's models talk: its environment, engines and tables."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -9,8 +10,10 @@ import jax
 from jaxconv import envs
 from jaxconv.data.template import ChatTemplate
 from jaxconv.errors import Refused
+from jaxconv.models import kernels
 from jaxconv.models.config import DecoderConfig
-from jaxconv.models.decode import unstack
+from jaxconv.models.device_group import device_groups, refuse_uneven
+from jaxconv.models.handover import hand_over
 from jaxconv.models.heads import ActorCritic
 from jaxconv.rollout.engine import Engine, EngineShape, Sampling
 from jaxconv.rollout.selfplay import SelfPlay
@@ -58,32 +61,49 @@ class World:
                 f"config.rollout.lengths[-1]={longest}; "
                 f"the model has {self.decoder.max_positions} positions"
             )
+        device_groups(self.config.rollout.tensor, jax.local_devices())
+        refuse_uneven(self.decoder, self.config.rollout.tensor)
+        self.kernels()  # refuses what cannot run
+
+    def kernels(self) -> dict[str, str]:
+        """Which forms of attention and sampling run, by the operation's name."""
+        return kernels.chosen(self.decoder, self.config.rollout.lengths, self.config.rollout.tensor)
 
     @property
     def first_seed(self) -> int:
         return self.config.seed * SEEDS_OF_A_RUN
 
-    def engines(self, model: ActorCritic, temperature: float | None = None) -> list[Engine]:
+    def engines(self, model: ActorCritic) -> list[Engine]:
         """Engines for one policy, with its weights, spread over the devices of this process.
 
-        Two neighbours share a device: the agents of one game sit in them and speak in turn, so that
-        every device has somebody who speaks.
+        Each spans `config.rollout.tensor` of them. Two neighbours share their devices: the agents
+        of one game sit in them and speak in turn, so that every device has somebody who speaks.
         """
+        engines = self._engines(self.config.rollout.temperature)
+        set_weights(engines, model)
+        return engines
+
+    def twins(self, engines: Sequence[Engine], temperature: float) -> list[Engine]:
+        """Engines that share the weights of `engines`, and draw at another temperature."""
+        twins = self._engines(temperature)
+        for twin, engine in zip(twins, engines, strict=True):
+            twin.weights = engine.weights
+        return twins
+
+    def _engines(self, temperature: float) -> list[Engine]:
         r = self.config.rollout
-        devices = jax.local_devices()
-        engines = [
+        groups = device_groups(r.tensor, jax.local_devices())
+        return [
             Engine(
                 self.decoder,
                 engine_shape(self.config),
                 stop_ids=[self.template.end],
                 key=jax.random.key(self.config.seed),
-                sampling=Sampling(r.temperature if temperature is None else temperature),
-                device=devices[i // 2 % len(devices)],
+                sampling=Sampling(temperature),
+                group=groups[i // 2 % len(groups)],
             )
             for i in range(r.engines)
         ]
-        set_weights(engines, model)
-        return engines
 
     def table(self, policies: dict[str, Sequence[Engine]], players: int | None = None) -> SelfPlay:
         """Where games among policies and scripts are played."""
@@ -98,12 +118,14 @@ class World:
         )
 
 
+@functools.partial(jax.profiler.annotate_function, name="sync")
 def set_weights(engines: Sequence[Engine], model: ActorCritic) -> None:
-    """Gives every engine the model's weights in rollout layout, one copy a device."""
-    weights = unstack(model)
-    copies = {engine.device: jax.device_put(weights, engine.device) for engine in engines}
+    """Gives every engine the model's weights in rollout layout, one copy a group of devices."""
     for engine in engines:
-        engine.weights = copies[engine.device]
+        engine.weights = None  # no third copy while the new one is made
+    copies = hand_over(model, [engine.group for engine in engines])
+    for engine in engines:
+        engine.weights = copies[engine.group]
 
 
 def scripted_episodes(config, seeds: int, n: int) -> Iterator[envs.Episode]:

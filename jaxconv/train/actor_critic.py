@@ -9,7 +9,8 @@ from jaxconv_kernels import linear_logprob
 
 from jaxconv.data.packing import TokenBatch
 from jaxconv.models.heads import ActorCritic
-from jaxconv.train.mesh import ROWS, WHOLE
+from jaxconv.models.sharding import reshape_like
+from jaxconv.train.mesh import ROWS, WHOLE, on, over_rows
 
 
 def evaluate_tokens(
@@ -32,15 +33,17 @@ def evaluate_tokens(
         (log-prob of the target, entropy, value before the target), each float32 [R, W].
     """
     hidden_RWD = model.decoder(batch.tokens, batch.positions, batch.segment_ids)
-    logprob, entropy = linear_logprob(
-        hidden_RWD.reshape(-1, hidden_RWD.shape[-1]),
-        model.decoder.head(),
-        batch.targets.reshape(-1),
-        temperature=temperature,
-    )
+    with jax.named_scope("head"):
+        logprob, entropy = linear_logprob(
+            hidden_RWD.reshape(-1, hidden_RWD.shape[-1]),
+            model.decoder.head(),
+            batch.targets.reshape(-1),
+            temperature=temperature,
+            softcap=model.decoder.config.final_softcap,
+        )
     resting = jax.lax.stop_gradient(hidden_RWD)
     value = model.value_head(resting + value_gradient * (hidden_RWD - resting))
-    return logprob.reshape(value.shape), entropy.reshape(value.shape), value
+    return reshape_like(logprob, value), reshape_like(entropy, value), value
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "mesh"))
@@ -61,9 +64,8 @@ def score(
             logprob, _, value = evaluate_tokens(model, batch, temperature=temperature)
             return logprobs.at[i].set(logprob), values.at[i].set(value)
 
-        zeros = jnp.zeros(batches.tokens.shape, jnp.float32)
+        zeros = jnp.zeros_like(batches.tokens, jnp.float32)
         return jax.lax.fori_loop(0, count, body, (zeros, zeros))
 
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(WHOLE, ROWS, WHOLE), out_specs=ROWS, check_vma=False
-    )(model, batches, count)
+    with on(mesh):
+        return over_rows(local, mesh, (WHOLE, ROWS, WHOLE), ROWS)(model, batches, count)

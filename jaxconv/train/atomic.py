@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxconv.durable import sync
 from jaxconv.errors import Failed
 
 # What an operating system says when there is no room: device, quota, file-size limit.
@@ -60,11 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     # The rename itself lives in the folder, which has to reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:

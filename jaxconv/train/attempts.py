@@ -5,14 +5,15 @@ import json
 import time
 from typing import Any
 
-from jaxconv.train import atomic, metrics
+from jaxconv.train import atomic, clock, metrics
 from jaxconv.train.workdir import Workdir, device_kinds, versions
 
 _FILE = "attempts.jsonl"
 
 
 def begin(workdir: Workdir) -> None:
-    """Notes that this process starts to work on the run."""
+    """Notes that this process starts to work on the run, and starts its clock."""
+    clock.begin(workdir)
     if workdir.is_writer:
         path = workdir.path / _FILE
         with atomic.disk_full_is_failure(path), open(path, "a", encoding="utf-8") as file:

@@ -2,51 +2,73 @@
 
 On disk a step is `<folder>/<step>/arrays` (Orbax's OCDBT, one entry a leaf, named by its path in
 the pytree, such as `model/layers/attention/query`) and `<folder>/<step>/host` (JSON). Orbax writes
-a step under a temporary name and renames it when it is whole, so a kill in the middle leaves the
-steps before it.
+a step under a temporary name and renames it when it is whole (on an object store it writes a file
+that says so), so a kill in the middle leaves the steps before it.
 """
 
 import json
 import logging
 import math
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxconv import processes, storage
 from jaxconv.errors import Refused
 from jaxconv.train import atomic
 
 PyTree = Any
+
+# Orbax tells saves apart by a number of the whole process, which it reads again and again while one
+# starts. Two folders' saves that start at once would wait for each other's files.
+_starting_one = threading.Lock()
 
 
 class Checkpoints:
     """The checkpoints of one stage in one folder.
 
     Args:
-        folder: made when the first step is saved. Temporary files of a killed save are removed.
+        folder: of a disk, or an `epath.Path` on an object store; made when the first step is saved.
+            Temporary files of a killed save are removed.
         keep: how many of the latest steps stay; at least 1.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2):
+    def __init__(self, folder: PurePath, *, keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep={keep}; it must be at least 1")
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").addFilter(_is_not_raised_anyway)
-        self._folder = Path(folder).resolve()
+        self._folder = folder if storage.is_url(folder) else Path(folder).resolve()
         self._ocp = ocp
+        # Named processes wait for each other at the coordination service, not on their devices.
+        several = jax.process_count() > 1
+        # Nothing is renamed on an object store; a step is whole when a file says so.
+        marked = ocp.path.atomicity.CommitFileTemporaryPath
+        temporary = marked if storage.is_url(folder) else None
+        everybody = set(range(jax.process_count())) if several else None
         with atomic.disk_full_is_failure(self._folder):
+            if several:
+                with processes.process_0_first(f"checkpoints in {self._folder}"):
+                    self._folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     cleanup_tmp_directories=True,
+                    create=not several,
+                    temporary_path_class=temporary,
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        active_processes=everybody,
+                        barrier_sync_key_prefix=self._folder.name if several else None,
+                    ),
                 ),
                 item_names=("arrays", "host"),
             )
@@ -86,11 +108,15 @@ class Checkpoints:
         with atomic.disk_full_is_failure(self._folder / str(step)):
             self._started()
             if jax.process_count() == 1:
-                self._starting = self._starter.submit(self._manager.save, step, args=items)
+                self._starting = self._starter.submit(self._start, step, items)
             else:
                 # Processes meet at barriers, in the order of the main thread's other ones.
-                self._manager.save(step, args=items)
+                self._start(step, items)
         self._latest = step
+
+    def _start(self, step: int, items: Any) -> None:
+        with _starting_one:
+            self._manager.save(step, args=items)
 
     def latest(self) -> int | None:
         """The last step that was saved (or is being saved), None when there is none."""
@@ -100,6 +126,13 @@ class Checkpoints:
         """Every step that is there, oldest first."""
         self.wait()
         return sorted(self._manager.all_steps())
+
+    def drop_after(self, step: int) -> None:
+        """Removes every step after `step`: those of a life that a kill has ended."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+        self._latest = self._manager.latest_step()
 
     def host(self, step: int) -> dict[str, Any]:
         """The host's state of a step alone: what the shapes of its arrays may depend on.
@@ -260,7 +293,8 @@ def _stored(leaf: Any) -> Any:
         if _is_key(leaf):
             leaf = jax.random.key_data(leaf)
         if not leaf.is_fully_addressable:
-            return leaf
+            # Of a CPU's arrays Orbax would read the memory itself, after it has been donated.
+            return jnp.copy(leaf) if next(iter(leaf.devices())).platform == "cpu" else leaf
     return np.array(leaf, copy=True)
 
 

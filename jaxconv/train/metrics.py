@@ -69,9 +69,10 @@ class MetricsWriter:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
             for name, value in values.items():
-                self._tensorboard.add_scalar(
-                    f"{self._stage}/{name}", value, global_step=step, walltime=now
-                )
+                if math.isfinite(value):  # what is not would be a warning and no point of a curve
+                    self._tensorboard.add_scalar(
+                        f"{self._stage}/{name}", value, global_step=step, walltime=now
+                    )
 
     def close(self) -> None:
         """Flushes and closes both files."""

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxconv.data.packing import Packing, TokenBatch, first_fit, microbatches, pack_tokens, shift
 from jaxconv.data.trajectories import Trajectories
+from jaxconv.models.config import DecoderConfig
+from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic
+from jaxconv.models.sharding import for_host
 from jaxconv.objectives.advantages import hierarchical_advantages, token_gae, turn_advantages
 from jaxconv.objectives.importance import truncated_importance_weights
 from jaxconv.objectives.kl import kl_token_rewards
@@ -19,10 +23,13 @@ from jaxconv.objectives.masked import masked_mean, masked_std
 from jaxconv.objectives.metrics import Metrics
 from jaxconv.objectives.ppo import PPOBatch, PPOCoefficients, finish_metrics, ppo_loss
 from jaxconv.objectives.whitening import MODES, team_moments, whiten
+from jaxconv.perf.flops import stream_flops, stream_training_flops
 from jaxconv.train.actor_critic import evaluate_tokens, score
-from jaxconv.train.mesh import data_mesh, share_rows
+from jaxconv.train.memory import announce
+from jaxconv.train.mesh import data_mesh, placed, placed_rows, replicate, share_whole
 from jaxconv.train.state import TrainState
-from jaxconv.train.update import make_update
+from jaxconv.train.trainable import join
+from jaxconv.train.update import make_update, tensor_names
 
 ESTIMATORS = ("hierarchical", "token")
 
@@ -110,6 +117,7 @@ class PPO:
         temperature: of the sampler.
         value_gradient: factor on the critic's gradient into the trunk.
         teams: number of teams.
+        mesh: where training lies; devices of this process with whole models if not given.
     """
 
     def __init__(
@@ -122,6 +130,7 @@ class PPO:
         temperature: float,
         value_gradient: float,
         teams: int,
+        mesh: Mesh | None = None,
     ):
         self.credit, self.sizes, self.temperature, self.teams = (
             credit,
@@ -131,20 +140,25 @@ class PPO:
         )
         self._reads_reference = coefficients.kl_coef > 0 or credit.reward_kl > 0
 
-        def loss(model: ActorCritic, batch: PPOTokens, learn_policy: jax.Array):
+        def loss(trained: ActorCritic, batch: PPOTokens, learn_policy: jax.Array, resting):
             logprob, entropy, value = evaluate_tokens(
-                model, batch.tokens, temperature=temperature, value_gradient=value_gradient
+                join(trained, resting),
+                batch.tokens,
+                temperature=temperature,
+                value_gradient=value_gradient,
             )
             return ppo_loss(logprob, entropy, value, batch.ppo, coefficients=coefficients)
 
-        def rest_policy(tree: ActorCritic, learn_policy: jax.Array) -> ActorCritic:
+        def rest_policy(tree: ActorCritic, learn_policy: jax.Array, resting) -> ActorCritic:
             """While the critic warms up only its own head moves."""
             decoder = jax.tree.map(lambda x: x * learn_policy, tree.decoder)
             return ActorCritic(decoder, tree.value_head)
 
-        self.mesh = data_mesh(minibatching.rows)
+        self.tensor_names: list[str] = []  # known after the first update
+        self.mesh = mesh or data_mesh(minibatching.rows)
         self._update = make_update(loss, optimizer, self.mesh, rest_policy)
 
+    @functools.partial(jax.profiler.annotate_function, name="train")
     def iterate(
         self,
         state: TrainState,
@@ -153,8 +167,12 @@ class PPO:
         reference: ActorCritic | None,
         learn_policy: bool,
         seed: Sequence[int],
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Trains on one batch of finished streams; returns metrics to log.
+        resting: Decoder | None = None,
+    ) -> tuple[TrainState, dict[str, float], np.ndarray]:
+        """Trains on one batch of finished streams.
+
+        Returns the new state, metrics to log, and whether each tensor of `tensor_names` was finite
+        in every update.
 
         Args:
             state: donated; its arrays are on every device of `mesh`.
@@ -162,14 +180,16 @@ class PPO:
             reference: frozen policy for the KL terms.
             learn_policy: False trains the critic's head alone.
             seed: of the order of the minibatches.
+            resting: the base, where an adapter is trained.
         """
         t = trajectories
         streams = len(t.tokens)
-        old_logprob, old_value, final_value = self._score(state.model, t.tokens, t.turn_ids)
+        model = join(state.model, resting)
+        old_logprob, old_value, final_value = self._score(model, t.tokens, t.turn_ids)
         ref_logprob = None
         if self._reads_reference:
             ref_logprob = self._score(reference, t.tokens, t.turn_ids)[0]
-        per_token, metrics = _credit_tokens(
+        arrays = (
             t.value,
             t.turn_rewards,
             t.turn_ids,
@@ -179,47 +199,78 @@ class PPO:
             old_logprob,
             ref_logprob,
             np.where(t.truncated, final_value, 0).astype(np.float32),
-            credit=self.credit,
-            teams=self.teams,
+        )
+        per_token, metrics = _credit_tokens(
+            *jax.device_put(arrays), credit=self.credit, teams=self.teams
         )
         per_token = jax.device_get(per_token)
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         metrics["drift/value_abs_mean"] = float(np.abs(old_value - t.value)[t.turn_ids >= 0].mean())
 
         rng = np.random.default_rng(list(seed))
+        learn = replicate(np.float32(learn_policy), self.mesh)
         totals: tuple[jax.Array, Metrics] | None = None
+        finite: list[jax.Array] = []
         tokens = cells = 0
         for _ in range(self.sizes.epochs):
             for chosen in np.array_split(rng.permutation(streams), self.sizes.minibatches):
-                batch, count = self._pack(t.tokens, t.turn_ids, per_token, chosen)
+                batch, used = self._pack(t.tokens, t.turn_ids, per_token, chosen)
+                count = replicate(np.int32(used), self.mesh)
                 tokens += sum(len(t.tokens[i]) for i in chosen)
-                cells += int(count) * self.sizes.rows * self.sizes.width
-                state, denominator, merged = self._update(
-                    state, batch, count, np.float32(learn_policy)
-                )
-                totals = (
-                    (denominator, merged)
-                    if totals is None
-                    else (totals[0] + denominator, totals[1].merge(merged))
-                )
+                cells += used * self.sizes.rows * self.sizes.width
+                if not self.tensor_names:
+                    announce(self._update, state, batch, count, learn, resting)
+                state, updated = self._update(state, batch, count, learn, resting)
+                part = updated.denominator, updated.metrics
+                totals = part if totals is None else (totals[0] + part[0], totals[1].merge(part[1]))
+                finite.append(updated.finite)
+                if not self.tensor_names:
+                    self.tensor_names = tensor_names(updated.metrics, state)
         metrics["minibatch/fill"] = tokens / cells
         denominator, merged = totals
-        finished = jax.device_get(finish_metrics(merged, denominator))
-        return state, metrics | {name: float(x) for name, x in finished.items()}
+        finished, finite = jax.device_get((_finish(merged, denominator), finite))
+        metrics |= {name: float(x) for name, x in finished.items()}
+        return state, metrics, np.all(finite, axis=0)
+
+    def lower(
+        self, state: TrainState, resting: Decoder | None, microbatches: int
+    ) -> "jax.stages.Lowered":
+        """Traces the update of so many micro-batches, with shapes in the place of arrays.
+
+        Args:
+            state, resting: of `TrainState.shapes` and `placed` on `mesh`.
+            microbatches: of a minibatch.
+        """
+        shape = (microbatches, self.sizes.rows, self.sizes.width)
+        ids, number, flag = (jax.ShapeDtypeStruct(shape, t) for t in (np.int32, np.float32, bool))
+        reference = number if self._reads_reference else None
+        batch = PPOTokens(
+            TokenBatch(ids, ids, ids, ids, flag),
+            PPOBatch(number, reference, number, number, number, number, flag),
+        )
+        count, learn = placed((np.int32(0), np.float32(0)), self.mesh)
+        return self._update.lower(state, placed_rows(batch, self.mesh), count, learn, resting)
+
+    def flops(
+        self, config: DecoderConfig, lengths: Sequence[int], *, trains_weights: bool = True
+    ) -> float:
+        """Model FLOPs of `iterate` on streams of these lengths: scoring and every epoch."""
+        scored = 1 + self._reads_reference
+        trained = stream_training_flops(config, lengths, trains_weights=trains_weights)
+        return scored * stream_flops(config, lengths) + self.sizes.epochs * trained
 
     def _score(self, model: ActorCritic, tokens: Sequence[Sequence[int]], turn_ids: np.ndarray):
         """Log-prob of and value before each token, and the value after the last, as [B, T], [B]."""
         packing = self._packing([len(ids) for ids in tokens])
         batch = pack_tokens(packing, tokens, [np.zeros(len(ids), bool) for ids in tokens])
-        logprob, value = jax.device_get(
-            score(
-                model,
-                share_rows(microbatches(batch, self.sizes.rows), self.mesh),
-                np.int32(packing.used(self.sizes.rows)),
-                temperature=self.temperature,
-                mesh=self.mesh,
-            )
+        scored = score(
+            model,
+            share_whole(microbatches(batch, self.sizes.rows), self.mesh),
+            replicate(np.int32(packing.used(self.sizes.rows)), self.mesh),
+            temperature=self.temperature,
+            mesh=self.mesh,
         )
+        logprob, value = jax.device_get(for_host(scored))
         out_logprob = np.zeros(turn_ids.shape, np.float32)
         out_value = np.zeros(turn_ids.shape, np.float32)
         final = np.zeros(len(turn_ids), np.float32)
@@ -236,7 +287,7 @@ class PPO:
             lengths, self.sizes.width, rows_multiple=self.sizes.rows * self.sizes.capacity
         )
 
-    def _pack(self, tokens, turn_ids, per_token: PPOBatch, chosen) -> tuple[PPOTokens, np.int32]:
+    def _pack(self, tokens, turn_ids, per_token: PPOBatch, chosen) -> tuple[PPOTokens, int]:
         lengths = [len(tokens[i]) for i in chosen]
         packing = self._packing(lengths)
 
@@ -254,8 +305,11 @@ class PPO:
             ),
             ppo=jax.tree.map(lambda x: packed(x, x.dtype), per_token),
         )
-        batches = share_rows(microbatches(batch, self.sizes.rows), self.mesh)
-        return batches, np.int32(packing.used(self.sizes.rows))
+        batches = share_whole(microbatches(batch, self.sizes.rows), self.mesh)
+        return batches, packing.used(self.sizes.rows)
+
+
+_finish = jax.jit(finish_metrics)
 
 
 @functools.partial(jax.jit, static_argnames=("credit", "teams"))

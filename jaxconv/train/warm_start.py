@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +10,28 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxconv.data.packing import TokenBatch, first_fit, microbatches, pack_tokens
-from jaxconv.errors import Failed, Stopped
+from jaxconv.data.batches import Update, as_update
+from jaxconv.data.loader import Loader
+from jaxconv.data.packing import Packing, TokenBatch, first_fit, microbatches, pack_tokens
+from jaxconv.data.plan import Placement, plan_counted
+from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic
+from jaxconv.models.lora import LoraConfig
+from jaxconv.models.sharding import is_split, loosened
 from jaxconv.objectives import masked
 from jaxconv.objectives.metrics import Metrics
 from jaxconv.objectives.sft import sft_loss
-from jaxconv.train import interrupt
+from jaxconv.perf.flops import stream_training_flops
 from jaxconv.train.actor_critic import evaluate_tokens
-from jaxconv.train.checkpoint import Checkpoints
-from jaxconv.train.mesh import ROWS, WHOLE, data_mesh, replicate, share_rows
-from jaxconv.train.metrics import MetricsWriter
-from jaxconv.train.progress import Progress
+from jaxconv.train.loop import Loop, LoopSettings
+from jaxconv.train.mesh import ROWS, WHOLE, on, over_rows, place, share_of, share_whole
 from jaxconv.train.state import TrainState
+from jaxconv.train.supervised import Supervised
+from jaxconv.train.trainable import join, merged, split
 from jaxconv.train.update import add_up, make_update
 from jaxconv.train.workdir import Workdir
+
+_MULTIPLE = 4  # micro-batches of a batch come in multiples of this, so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +63,30 @@ def pack_examples(
 ) -> tuple[WarmStartBatch, int]:
     """Packs examples into [micro-batches, rows, width]; also how many micro-batches are real."""
     packing = first_fit([len(e.tokens) for e in examples], width, rows_multiple=rows * multiple)
-    batch = WarmStartBatch(
+    return microbatches(_pack(examples, packing), rows), packing.used(rows)
+
+
+def _pack(examples: Sequence[Example], packing: Packing) -> WarmStartBatch:
+    return WarmStartBatch(
         tokens=pack_tokens(packing, [e.tokens for e in examples], [e.own for e in examples]),
         outcome=packing.scatter([np.full(len(e.tokens), e.outcome) for e in examples], np.float32),
     )
-    return microbatches(batch, rows), packing.used(rows)
 
 
-def warm_start_loss(model: ActorCritic, batch: WarmStartBatch, *, value_gradient: float):
+def warm_start_loss(
+    trained: ActorCritic,
+    batch: WarmStartBatch,
+    resting: Decoder | None = None,
+    *,
+    value_gradient: float,
+):
     """Negative log-likelihood of the own tokens plus half the squared error of the critic.
 
     `value_gradient` is the factor on the critic's gradient into the trunk. With 0 the policy is
     what plain fine-tuning would make of it; above, the trunk learns to read what an outcome depends
     on, which words alone do not ask of it.
     """
+    model = join(trained, resting)
     logprob, entropy, value = evaluate_tokens(model, batch.tokens, value_gradient=value_gradient)
     mask = batch.tokens.mask
     total, denominator, metrics = sft_loss(logprob, mask)
@@ -92,27 +109,13 @@ def evaluate(model: ActorCritic, batches: WarmStartBatch, *, mesh: Mesh) -> dict
             return None, (denominator, metrics)
 
         _, (denominators, metrics) = jax.lax.scan(body, None, batches)
-        _, denominator, metrics = add_up({}, denominators.sum(), metrics.reduce())
+        denominator, metrics = denominators.sum(), metrics.reduce()
+        if not is_split(mesh):
+            _, denominator, metrics = add_up({}, denominator, metrics)
         return metrics.means(denominator)
 
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=WHOLE, check_vma=False
-    )(model, batches)
-
-
-def minibatch(examples: Sequence[Example], step: int, size: int, seed: int) -> Iterator[Example]:
-    """The `size` examples of update `step`: a new order every epoch, every example once in each.
-
-    A function of the step alone, so a resumed run sees what an undisturbed one does.
-    """
-    for place in range(step * size, (step + 1) * size):
-        epoch, index = divmod(place, len(examples))
-        yield examples[_order(len(examples), seed, epoch)[index]]
-
-
-@functools.lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    with on(mesh):
+        return over_rows(local, mesh, (WHOLE, ROWS), WHOLE)(model, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,49 +151,61 @@ def fit(
     held_out: Sequence[Example],
     sizes: WarmStart,
     workdir: Workdir,
+    mesh: Mesh,
+    rates: np.ndarray,
+    lora: LoraConfig | None = None,
 ) -> ActorCritic:
-    """Trains `model` on `examples`; goes on where a stopped or killed run was.
+    """Trains `model` on `examples`; goes on where a stopped or killed run was. `rates` are
+    the learning rates of the updates, to log. With `lora` an adapter is trained and merged.
 
     Raises:
         Stopped: the run was asked to stop; its state is saved.
         Failed: loss or gradient are not finite; the checkpoint before stays.
     """
-    mesh = data_mesh(sizes.rows)
     loss = functools.partial(warm_start_loss, value_gradient=sizes.value_gradient)
-    update = make_update(loss, optimizer, mesh)
-    state = TrainState.create(replicate(model, mesh), optimizer)
+    trained, resting = split(model, lora, jax.random.key(sizes.seed))
+    state = TrainState.create(trained, optimizer, mesh=mesh)
+    resting = place(resting, mesh)
     held_out_batch, _ = pack_examples(held_out, width=sizes.width, rows=sizes.rows, multiple=1)
-    held_out_batch = share_rows(held_out_batch, mesh)
-    with Checkpoints(workdir.checkpoints / "warm_start", keep=sizes.keep) as checkpoints:
-        start = checkpoints.latest() or 0
-        if start:
-            state, _ = checkpoints.restore(start, state)
-        with (
-            MetricsWriter(workdir, "warm_start", resume_at=start) as writer,
-            Progress(workdir, "warm_start", sizes.steps, start=start) as progress,
-        ):
-            for step in range(start + 1, sizes.steps + 1):
-                chosen = list(minibatch(examples, step - 1, sizes.streams, sizes.seed))
-                batch, count = pack_examples(chosen, width=sizes.width, rows=sizes.rows, multiple=4)
-                state, denominator, merged = update(state, share_rows(batch, mesh), np.int32(count))
-                metrics = merged.means(denominator)
-                if step % sizes.evaluate_every == 0 or step == sizes.steps:
-                    held = evaluate(state.model, held_out_batch, mesh=mesh)
-                    metrics |= {f"held_out/{name}": value for name, value in held.items()}
-                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not np.isfinite([metrics["nll"], metrics["gradient_norm"]]).all():
-                    raise Failed(
-                        f"warm-start step {step}: the loss is {metrics['nll']} and the gradient "
-                        f"norm {metrics['gradient_norm']}; the learning rate may be too high"
-                    )
-                writer.write(step, metrics)
-                progress.update(
-                    step, {"loss": metrics["nll"]}, tokens=sum(len(e.tokens) for e in chosen)
-                )
-                stop = interrupt.requested()
-                if stop or step % sizes.checkpoint_every == 0 or step == sizes.steps:
-                    checkpoints.save(step, state, {})
-                if stop:
-                    checkpoints.wait()
-                    raise Stopped(f"warm start stopped after step {step} of {sizes.steps}")
-    return state.model
+    held_out_batch = share_whole(held_out_batch, mesh)
+    placements = plan_counted(
+        [len(e.tokens) for e in examples],
+        examples=sizes.streams,
+        rows_multiple=sizes.rows * _MULTIPLE,
+        width=sizes.width,
+        seed=sizes.seed,
+        steps=sizes.steps,
+    )
+
+    share = share_of(mesh, sizes.rows)
+
+    def assemble(placement: Placement) -> Update:
+        records, packing = share.of(placement)
+        batch = microbatches(_pack([examples[i] for i in records], packing), len(share.own))
+        return as_update(batch, placement, sizes.rows, placement.packing.length)
+
+    settings = LoopSettings(
+        "warm_start",
+        sizes.steps,
+        checkpoint_every=sizes.checkpoint_every,
+        keep=sizes.keep,
+        evaluate_every=sizes.evaluate_every,
+        headline=("nll",),
+        dtype=model.decoder.config.dtype,
+    )
+    with Loader(placements, assemble) as loader:
+        work = Supervised(
+            make_update(loss, optimizer, mesh),
+            lambda metrics, denominator: metrics.means(denominator),
+            loader,
+            mesh,
+            constants=(resting,),
+            evaluate=lambda trained: evaluate(join(trained, resting), held_out_batch, mesh=mesh),
+            evaluated=sum(len(e.tokens) for e in held_out),
+            flops=functools.partial(
+                stream_training_flops, model.decoder.config, trains_weights=lora is None
+            ),
+            rates=rates,
+        )
+        model = Loop(work, state, settings, workdir).run().model
+        return merged(loosened(model), loosened(resting))

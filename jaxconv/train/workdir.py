@@ -8,10 +8,11 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jaxconv
+from jaxconv import storage
 from jaxconv.errors import Refused
 from jaxconv.train import atomic
 
@@ -22,30 +23,82 @@ class Workdir:
     """Holds a folder for the life of the process and knows the paths in it.
 
     Args:
-        path: the folder; made when it is not there. A folder with foreign files is refused.
+        path: the folder; made when it is not there. A folder with foreign files is refused. Of one
+            on an object store (gs://…, s3://…) `path` is the copy of this machine, and `pull` and
+            `push` keep both alike; see `jaxconv.storage`.
         writer: whether this process writes (process 0 of a run). The writer takes an exclusive
             lock, which the operating system frees when the process ends, however it ends; all
-            others only read, and their `MetricsWriter` and reports do nothing.
+            others only read, and their `MetricsWriter` and reports do nothing. The lock is one of
+            this machine: an object store has none.
+        process: which process of the run this is; each has a copy of its own.
 
     Raises:
         Refused: another process holds the folder, or it has files but is no workdir.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, writer: bool = True):
-        self.path = Path(path).expanduser().resolve()
+    def __init__(self, path: str | os.PathLike[str], *, writer: bool = True, process: int = 0):
+        self.url = os.fspath(path).rstrip("/") if storage.is_url(path) else ""
+        self._mirror: storage.Mirror | None = None
+        if self.url:
+            self.path = storage.local_place(self.url, process)
+            self._mirror = storage.Mirror(self.path, self.url)
+        else:
+            self.path = Path(path).expanduser().resolve()
         self.is_writer = writer
         self._lock: int | None = None
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"--workdir={self.path} is a file; it must be a folder")
-        if self.is_foreign(self.path):
-            raise Refused(
-                f"--workdir={self.path} has files but no config.json; "
-                "it must be a new or empty folder, or one of an earlier run"
-            )
+        if not self.url:
+            self._refuse_foreign()
         if writer:
             with atomic.disk_full_is_failure(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
+        if self.url:
+            try:
+                self.pull()
+                self._refuse_foreign()
+            except BaseException:
+                self.close()
+                raise
+
+    def _refuse_foreign(self) -> None:
+        if self.is_foreign(self.path):
+            raise Refused(
+                f"--workdir={self} has files but no config.json; "
+                "it must be a new or empty folder, or one of an earlier run"
+            )
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    def pull(self) -> None:
+        """Makes the copy of this machine like the bucket, where there is one."""
+        if self._mirror is not None:
+            self._mirror.pull()
+
+    def fetch_export(self) -> None:
+        """Copies the export from the bucket, where there is one: `pull` leaves it there. Process 0
+        must have pushed it (at a barrier).
+
+        Raises:
+            Refused: the disk of this machine has no room for it.
+        """
+        if self._mirror is not None:
+            self._mirror.fetch_export()
+
+    def refuse_small_scratch(self, size: int) -> None:
+        """Refuses a run in a bucket that will export so many bytes, which the copy of this machine
+        has no room for."""
+        if self.url:
+            files = self.export.rglob("*") if self.export.is_dir() else ()
+            there = sum(file.stat().st_size for file in files if file.is_file())
+            storage.refuse_small_scratch(self.path, size - there)
+
+    def push(self) -> None:
+        """Makes the bucket, where there is one, like the copy of this machine; the writer does."""
+        if self._mirror is not None and self.is_writer:
+            self._mirror.push()
 
     @staticmethod
     def is_foreign(path: Path) -> bool:
@@ -72,6 +125,9 @@ class Workdir:
 
     def discard(self) -> None:
         """Removes the folder and frees it."""
+        if self.url:
+            storage.remove(self.url)
+            self._mirror = None
         shutil.rmtree(self.path)
         self.close()
 
@@ -100,8 +156,12 @@ class Workdir:
         return self.path / "tensorboard"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> PurePath:
+        return storage.below(self.url, "checkpoints") if self.url else self.path / "checkpoints"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.sqlite"
 
     @property
     def artifacts(self) -> Path:
@@ -163,6 +223,11 @@ def remove(path: str | os.PathLike[str]) -> None:
     Raises:
         Refused: another process holds it, or it has files but is no workdir.
     """
+    if storage.is_url(path):
+        with Workdir(path) as workdir:
+            storage.remove(workdir.url)
+            shutil.rmtree(workdir.path)
+        return
     path = Path(path).expanduser().resolve()
     leftovers = list(path.parent.glob(f".{path.name}.removed-*")) if path.parent.is_dir() else []
     if path.exists():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ def test_report_json_has_the_schema(workdir):
         cost={"wall_s": 12.5},
         perf={"rollout": Quantity(5000.0, "tokens/s")},
         compile={"compile_s": Quantity(3.5, "s")},
+        kernels={"attention": "splash"},
         notes=["two rows failed"],
     ).write(workdir)
     content = json.loads(workdir.report.read_text())
@@ -47,9 +49,10 @@ def test_report_json_has_the_schema(workdir):
         "baselines": {"frozen": {"value": 3, "ci95": None, "n": 500, "unit": "score"}},
         "artifacts": {"export": "export"},
         "cost": {"wall_s": 12.5},
-        "devices": {"cpu": 1},
+        "devices": {"cpu": len(jax.devices())},
         "perf": {"rollout": {"value": 5000.0, "unit": "tokens/s"}},
         "compile": {"compile_s": {"value": 3.5, "unit": "s"}},
+        "kernels": {"attention": "splash"},
         "notes": ["two rows failed"],
     }
 
@@ -59,12 +62,14 @@ def test_report_md_says_the_same(workdir):
     Report(
         results={"gain/overall": Estimate(0.5, (0.25, 0.75), 500, "score")},
         plots={"Learning curves": "curves.png"},
+        kernels={"attention": "splash"},
         sections={"Transcripts": report.side_by_side(["before"], [[("Ann", "5 please")]])},
     ).write(workdir)
     text = (workdir.path / "report.md").read_text()
     assert "# omar (tiny)" in text and "Status: **done**" in text
     assert "| gain/overall | 0.5 | 0.25 … 0.75 | 500 | score |" in text
     assert "![Learning curves](curves.png)" in text
+    assert "| kernels/attention | splash |" in text
     assert "## Transcripts\n\n| before |\n| --- |\n| **Ann**: 5 please |" in text
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from jaxconv.evals.statistics import (
     Estimate,
     bootstrap_mean,
+    mean_of_few,
     paired_difference,
     proportion,
     ratio,
@@ -191,3 +193,12 @@ def test_a_thousand_episodes_take_well_under_a_second():
     start = time.process_time()
     bootstrap_mean(x, seed=0, unit="", resamples=5000)
     assert time.process_time() - start < 1.0
+
+
+def test_the_mean_of_a_few_has_students_interval():
+    found = mean_of_few([0.4, 0.5, 0.6], unit="rate")
+    assert found.value == pytest.approx(0.5) and found.n == 3
+    # t of 0.975 with 2 degrees of freedom is 4.3027, the deviation 0.1.
+    assert found.ci95[1] - 0.5 == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-4)
+    with pytest.raises(ValueError, match="1 values"):
+        mean_of_few([1.0], unit="rate")

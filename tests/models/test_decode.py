@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxconv.models.config import DecoderConfig
+from jaxconv.models.config import DecoderConfig, RopeScaling
 from jaxconv.models.decode import decode_step, empty_cache, prefill, unstack
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic, ValueHead
@@ -28,6 +28,29 @@ FAMILIES = {
     "llama tied, all heads": dataclasses.replace(BASE, tie_embeddings=True, num_kv_heads=4),
     "qwen2": dataclasses.replace(BASE, family="qwen2", attention_bias=True),
     "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm=True, num_kv_heads=1),
+    "mistral": dataclasses.replace(
+        BASE, family="mistral", sliding_window=4, sliding_layers=(True, True)
+    ),
+    "gemma2": dataclasses.replace(
+        BASE,
+        family="gemma2",
+        sliding_window=4,
+        sliding_layers=(True, False),
+        query_scalar=21.0,
+        attention_softcap=0.5,
+        final_softcap=1.0,
+        tie_embeddings=True,
+    ),
+    "gemma3": dataclasses.replace(
+        BASE,
+        family="gemma3_text",
+        qk_norm=True,
+        sliding_window=4,
+        sliding_layers=(True, False),
+        rope_local_theta=100.0,
+        rope_scaling=RopeScaling("linear", 4.0),
+        tie_embeddings=True,
+    ),
 }
 step = jax.jit(decode_step, static_argnames="config")
 fill = jax.jit(prefill, static_argnames="config")

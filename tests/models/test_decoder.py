@@ -1,5 +1,6 @@
 """The decoder as a function: causality, packing, precision, rematerialisation, plain transforms."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxconv.models import attention
 from jaxconv.models.config import DecoderConfig
-from jaxconv.models.decoder import Decoder, rms_norm
+from jaxconv.models.decoder import Decoder, embed_tokens, rms_norm
 from jaxconv.models.heads import ActorCritic, ValueHead
 from jaxconv.models.rope import apply_rope, rope_tables
 
@@ -87,6 +89,89 @@ def test_blocks_of_queries_in_a_long_row_change_nothing(model):
     np.testing.assert_allclose(hidden[:, 33:], run(model, long[:, 33:]), atol=5e-5)
 
 
+WINDOWED = {
+    "alternating": replace(
+        CONFIG,
+        family="gemma3_text",
+        sliding_window=5,
+        sliding_layers=(True, False, True),
+        rope_local_theta=50.0,
+    ),
+    "every layer": replace(
+        CONFIG, family="mistral", qk_norm=False, sliding_window=5, sliding_layers=(True,) * 3
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_hold_in_packed_and_in_long_rows(kind):
+    """Segments are longer than the window, the row has several blocks of queries."""
+    model = Decoder(WINDOWED[kind], jax.random.key(0))
+    one, two, padding = tokens(1, 33, seed=2), tokens(1, 36, seed=3), jnp.full((1, 11), 5)
+    packed = jnp.concatenate([one, two, padding], axis=1)
+    segments = jnp.asarray([[1] * 33 + [2] * 36 + [0] * 11])
+    positions = jnp.asarray([[*range(33), *range(36), *range(11)]])
+    hidden = run(model, packed, positions, segments)
+    np.testing.assert_allclose(hidden[:, :33], run(model, one), atol=3e-5)
+    np.testing.assert_allclose(hidden[:, 33:69], run(model, two), atol=3e-5)
+
+
+def test_a_window_ends_what_a_token_depends_on():
+    """Through three layers of window 5 a token sees itself and twelve before it."""
+    model = Decoder(WINDOWED["every layer"], jax.random.key(0))
+    first = tokens(1, 80)
+    for changed in (20, 65):
+        second = first.at[0, changed].add(1)
+        differs = np.asarray(run(model, first) != run(model, second)).any(-1)[0]
+        assert np.flatnonzero(differs).tolist() == list(range(changed, min(changed + 13, 80)))
+
+
+def test_gradients_with_windows_do_not_depend_on_blocks_or_remat(monkeypatch):
+    batch = tokens(2, 70)
+
+    def grads(remat):
+        model = Decoder(replace(WINDOWED["alternating"], remat=remat), jax.random.key(0))
+        return jax.tree.leaves(jax.jit(lambda m: jax.grad(loss)(m, batch))(model))
+
+    blocked = grads("none")
+    monkeypatch.setattr(attention, "_BLOCKED_LENGTH", 1000)
+    for a, b in zip(blocked, grads("full"), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_layers_do_not_pay_for_keys_outside_their_window():
+    def scores(config):
+        model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
+        hlo = jax.jit(lambda m, t: m(t)).lower(model, jnp.zeros((1, 512), jnp.int32)).as_text()
+        shapes = re.findall(r"dot_general.*-> tensor<1x2x(\d+)x(\d+)xf32>", hlo)
+        scores = [(int(q), int(s)) for q, s in shapes if CONFIG.head_dim not in (int(q), int(s))]
+        return sum(q * s for q, s in scores) // 2  # two queries share a key head
+
+    whole = scores(replace(WINDOWED["every layer"], sliding_window=512))
+    assert whole == 512 * 512 * 5 // 8  # four blocks
+    assert scores(WINDOWED["every layer"]) < 0.25 * whole
+
+
+def test_a_long_window_costs_what_no_window_costs():
+    plain = replace(WINDOWED["every layer"], sliding_window=None, sliding_layers=())
+    for config in (plain, *(replace(x, sliding_window=64) for x in WINDOWED.values())):
+        model = jax.eval_shape(lambda c=config: Decoder(c, jax.random.key(0)))
+        assert "cond" not in str(jax.make_jaxpr(lambda m, t: m(t))(model, tokens(1, 64)))
+
+
+def test_gemma_multiplies_by_one_more_than_the_weight_before_it_rounds():
+    config = replace(WINDOWED["alternating"], dtype="bfloat16")
+    x = jax.random.normal(jax.random.key(0), (64, 32)).astype(jnp.bfloat16)
+    scale = 0.1 * jax.random.normal(jax.random.key(1), (32,)).astype(jnp.bfloat16)
+    wide, wide_scale = np.asarray(x, np.float32), np.asarray(scale, np.float32)
+    exact = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6) * (1 + wide_scale)
+    got = np.asarray(rms_norm(x, scale, config))
+    assert (got == exact.astype(got.dtype)).mean() > 0.99  # one rounding: exact but for ties
+    embed = jnp.ones((2, 3072), jnp.bfloat16)
+    scaled = embed_tokens(embed, jnp.asarray([1]), replace(config, embed_dim=3072))
+    assert scaled.dtype == jnp.bfloat16 and scaled[0, 0] == 55.5  # sqrt(3072) is 55.43
+
+
 def test_padding_before_a_segment_is_not_seen(model):
     row = tokens(1, 8)
     left = jnp.concatenate([jnp.full((1, 4), 9), row], axis=1)
@@ -149,7 +234,7 @@ def test_rotary_angles_of_late_positions_are_exact():
 
 def test_rms_norm_is_taken_in_float32():
     x = jnp.full((4,), 300.0, jnp.bfloat16) * jnp.asarray([1, 1, 1, 2], jnp.bfloat16)
-    got = rms_norm(x, jnp.ones(4), 1e-6)
+    got = rms_norm(x, jnp.ones(4), CONFIG)
     np.testing.assert_allclose(
         got.astype(jnp.float32), np.asarray([1, 1, 1, 2]) / np.sqrt(7 / 4), rtol=1e-2
     )

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import struct
 from dataclasses import replace
 
@@ -12,11 +13,18 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from jaxconv.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from jaxconv.errors import Failed, Refused
 from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ValueHead
-from jaxconv.models.hf import load_pretrained, load_value_head, save_pretrained, save_value_head
+from jaxconv.models.hf import (
+    generation_config,
+    load_pretrained,
+    load_value_head,
+    save_pretrained,
+    save_value_head,
+)
 
 CONFIG = DecoderConfig(
     family="qwen3",
@@ -236,6 +244,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(model, folder):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+def test_the_older_checkpoint_is_loaded_where_a_kill_came_before_the_newer_had_its_name(folder):
+    before = stored_bytes(folder)
+    folder.rename(folder.parent / f".{folder.name}.old")
+    load_pretrained(folder)
+    assert not folder.exists()  # reading changes nothing
+    assert stored_bytes(folder.parent / f".{folder.name}.old") == before
+
+
 def test_an_old_checkpoint_is_replaced_whole_and_another_folder_is_not_touched(model, folder):
     (folder / "model-00001-of-00001.safetensors").write_bytes(b"stale")
     save_pretrained(model, None, folder)
@@ -266,6 +282,97 @@ def test_the_tokenizer_travels_with_the_model(model, tmp_path):
     assert loaded.chat_template == tokenizer.chat_template
     (tmp_path / "m" / "tokenizer.json").write_text("{")
     refused(tmp_path / "m", ["tokenizer does not load"])
+
+
+GENERATION = {
+    "bos_token_id": 1,
+    "eos_token_id": [7, 3],
+    "pad_token_id": 0,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "transformers_version": "4.50.0",
+}
+
+
+def test_the_source_s_generation_config_is_kept_whole(folder, tmp_path):
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    loaded, _ = load_pretrained(folder)
+    save_pretrained(loaded, None, tmp_path / "kept", generation=generation_config(folder))
+    assert json.loads((tmp_path / "kept" / "generation_config.json").read_text()) == GENERATION
+    changed = generation_config(folder) | {"temperature": 1.0}
+    save_pretrained(loaded, None, tmp_path / "changed", generation=changed)
+    assert generation_config(tmp_path / "changed") == GENERATION | {"temperature": 1.0}
+    # Without it, the token ids that the model itself carries.
+    save_pretrained(loaded, None, tmp_path / "bare")
+    assert generation_config(tmp_path / "bare") == {"eos_token_id": [3, 7]}
+    (folder / "generation_config.json").unlink()
+    assert generation_config(folder) == {}
+
+
+@pytest.mark.parametrize("template_file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_templates_special_and_added_tokens_survive(model, tmp_path, template_file):
+    from transformers import AutoTokenizer
+
+    words = train_tokenizer(["hello there"], 280)
+    words.add_special_tokens({"bos_token": "<|begin|>", "extra_special_tokens": ["<|tool|>"]})
+    words.add_tokens(["jaxconv"])
+    save_pretrained(model, words, tmp_path / "source")
+    if template_file == "tokenizer_config.json":  # where older versions keep it
+        template = tmp_path / "source" / "chat_template.jinja"
+        path = tmp_path / "source" / template_file
+        content = json.loads(path.read_text()) | {"chat_template": template.read_text()}
+        path.write_text(json.dumps(content))
+        template.unlink()
+    loaded, tokenizer = load_pretrained(tmp_path / "source")
+    save_pretrained(loaded, tokenizer, tmp_path / "copy")
+    copy = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    talk = [{"role": "user", "content": "hello jaxconv <|tool|>"}]
+    for there in (tokenizer, copy):
+        assert there.chat_template == CHAT_TEMPLATE
+        assert there.special_tokens_map == words.special_tokens_map
+        assert there.get_added_vocab() == words.get_added_vocab()
+        assert there.get_vocab() == words.get_vocab()
+        assert there.apply_chat_template(talk, add_generation_prompt=True) == (
+            words.apply_chat_template(talk, add_generation_prompt=True)
+        )
+    assert copy.bos_token == "<|begin|>" and copy.eos_token == "<|end|>"
+    assert len(copy("<|tool|>jaxconv", add_special_tokens=False)["input_ids"]) == 2
+
+
+def test_the_text_part_of_an_image_and_text_model_is_loaded_and_says_so(tmp_path, caplog):
+    config = replace(
+        CONFIG,
+        family="gemma3_text",
+        sliding_window=4,
+        sliding_layers=(True, False),
+        rope_local_theta=1e4,
+        tie_embeddings=True,
+    )
+    text = Decoder(config, jax.random.key(2))
+    save_pretrained(text, None, tmp_path / "text")
+
+    def wrap(tensors):
+        for name in list(tensors):
+            tensors["language_model." + name] = tensors.pop(name)
+        tensors["vision_tower.embeddings.weight"] = np.zeros((3, 3), np.float32)
+        tensors["multi_modal_projector.weight"] = np.zeros((3, 3), np.float32)
+
+    shutil.copytree(tmp_path / "text", tmp_path / "both")
+    change(tmp_path / "both", wrap)
+    path = tmp_path / "both" / "config.json"
+    path.write_text(
+        json.dumps({"model_type": "gemma3", "text_config": json.loads(path.read_text())})
+    )
+    loaded, _ = load_pretrained(tmp_path / "both")
+    assert "2 tensors of vision_tower and multi_modal_projector are left out" in caplog.text
+    assert loaded.config == config
+    save_pretrained(loaded, None, tmp_path / "again")
+    assert stored_bytes(tmp_path / "again") == stored_bytes(tmp_path / "text")
+    change(tmp_path / "both", lambda tensors: tensors.update({"audio.weight": np.zeros(3, "f4")}))
+    refused(tmp_path / "both", ["audio.weight", "not part"])
 
 
 def test_the_value_head_is_saved_beside_and_checked(folder):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxconv.models.config import DecoderConfig
+from jaxconv.models.config import FAMILIES
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.hf import load_pretrained, save_pretrained
+from jaxconv.models.hf_config import from_hf_dict
 from jaxconv.models.rope import rope_frequencies
 
 torch = pytest.importorskip("torch", reason="parity extra is not installed")
@@ -73,14 +74,85 @@ CASES = {
         "yarn, all set",
         1e4,
     ),
+    "qwen2 sliding late layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+        "default",
+        1e6,
+    ),
+    "qwen3 sliding by list": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+        "default",
+        1e6,
+    ),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}, "default", 1e6),
+    "mistral sliding": ("mistral", {"sliding_window": 7}, "default", 1e4),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 7,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 21,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+            "pad_token_id": 0,
+        },
+        "default",
+        1e4,
+    ),
+    "gemma2 biases, one kv head, no caps, one scaled rope": (
+        "gemma2",
+        {
+            "sliding_window": 30,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+        "linear",
+        1e4,
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 7,
+            "sliding_window": 7,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 21,
+        },
+        {
+            "full_attention": ROPE["linear"] | {"rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        },
+        None,
+    ),
+    "gemma3_text untied, capped logits, biases, list of layers": (
+        "gemma3_text",
+        {
+            "sliding_window": 20,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+        None,
+        None,
+    ),
 }
 
 
 def peer_model(family, extra, rope, theta):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    rope_parameters = ROPE[rope] | {"rope_theta": theta}
-    config = CONFIG_MAPPING[family](**(SIZES | extra), rope_parameters=rope_parameters)
+    if isinstance(rope, str):
+        rope = ROPE[rope] | {"rope_theta": theta}
+    config = CONFIG_MAPPING[family](**(SIZES | extra), rope_parameters=rope)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # every weight away from its trivial value
@@ -122,14 +194,36 @@ def test_logits_agree_in_both_directions(case, tmp_path):
     assert back.generation_config.eos_token_id == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_our_own_weights_say_the_same_in_transformers(family, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    config = DecoderConfig.from_hf_dict(SIZES | {"model_type": family, "head_dim": 16})
+    config = from_hf_dict(SIZES | {"model_type": family, "head_dim": 16})
     ours = Decoder(config, jax.random.key(1))
     save_pretrained(ours, None, tmp_path / "ours", max_shard_bytes=20_000)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    np.testing.assert_allclose(our_logits(ours, TOKENS), peer_logits(theirs, TOKENS), atol=1e-4)
+
+
+def test_the_text_part_of_gemma_3_with_images_says_the_same(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = SIZES | {"sliding_window": 7, "head_dim": 12}
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, _ = load_pretrained(tmp_path)
+    assert ours.config.family == "gemma3_text"
     np.testing.assert_allclose(our_logits(ours, TOKENS), peer_logits(theirs, TOKENS), atol=1e-4)
 
 
@@ -158,7 +252,7 @@ def test_version_4_config_and_their_bfloat16_shards(tmp_path):
 @pytest.mark.parametrize("rope", ROPE)
 def test_rotary_frequencies_equal_theirs(rope):
     theirs = peer_model("llama", {"head_dim": 16}, rope, 5e5)
-    config = DecoderConfig.from_hf_dict(theirs.config.to_dict())
+    config = from_hf_dict(theirs.config.to_dict())
     inv_freq, factor = rope_frequencies(config)
     np.testing.assert_allclose(inv_freq, theirs.model.rotary_emb.inv_freq.numpy(), rtol=3e-7)
     assert factor == pytest.approx(theirs.model.rotary_emb.attention_scaling, rel=1e-6)

@@ -34,7 +34,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import numpy as np
 from jaxconv.models.hf import load_pretrained, save_pretrained
-from jaxconv.models.sharding import batch_sharding, device_mesh, shardings
+from jaxconv.models.sharding import device_mesh
 from tests_config import CONFIG
 from jaxconv.models.decoder import Decoder
 
@@ -52,19 +52,6 @@ assert split.embed[...].addressable_shards[0].data.shape == (20, 8)
 assert split.layers.k[...].addressable_shards[0].data.shape == (2, 8, 1, 8)
 for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
     np.testing.assert_array_equal(a, b)
-
-def loss(model, tokens):
-    logp = jax.nn.log_softmax(model.logits(model(tokens))[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
-
-tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, CONFIG.vocab_size)
-value, grads = jax.jit(jax.value_and_grad(loss))(whole, tokens)
-step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings(split, mesh)))
-value_split, grads_split = step(split, jax.device_put(tokens, batch_sharding(mesh)))
-np.testing.assert_allclose(value, value_split, rtol=1e-6)
-for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_split), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-6)
-assert grads_split.layers.gate[...].sharding == gate.sharding
 
 # Export gathers: the same bytes.
 save_pretrained(split, None, folder + "-split")
@@ -108,7 +95,7 @@ def test_specs_follow_the_logical_axes(abstract):
     assert specs["layers.q"] == PartitionSpec(None, "fsdp", "tensor", None)
     assert specs["layers.o"] == PartitionSpec(None, "tensor", None, "fsdp")
     assert specs["layers.down"] == PartitionSpec(None, "tensor", "fsdp")
-    assert specs["final_norm"] == PartitionSpec("fsdp")
+    assert specs["final_norm"] == PartitionSpec(None)  # not worth gathering
 
 
 def test_an_axis_that_does_not_divide_is_refused_by_name(abstract):

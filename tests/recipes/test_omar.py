@@ -12,10 +12,11 @@ from jaxconv import envs
 from jaxconv.models.config import DecoderConfig
 from jaxconv.models.decoder import Decoder
 from jaxconv.models.heads import ActorCritic, ValueHead
-from jaxconv.recipes import omar
+from jaxconv.recipes import imitation, omar
 from jaxconv.rollout.world import make_env
 from jaxconv.train.alarms import Alarms
 from jaxconv.train.config import load, override
+from jaxconv.train.starting_point import small_decoder
 
 LIMITS = types.SimpleNamespace(
     entropy_high=2.0, entropy_low=0.5, reward_std_low=0.1, truncated_high=0.2
@@ -103,12 +104,12 @@ def test_seeds_of_stages_and_of_runs_never_meet(config):
     spans = []
     for seed in (0, 1, 2):
         config.seed = seed
-        world = omar.World(config, None, types.SimpleNamespace(max_positions=4096))
+        world = omar.World(config, None, small_decoder(config, 4096))
         for stage in (
-            omar.WARM_START_SEEDS,
-            omar.HELD_OUT_SEEDS,
-            omar.SELF_PLAY_SEEDS,
-            omar.ARENA_SEEDS,
+            imitation.WARM_START_SEEDS,
+            imitation.HELD_OUT_SEEDS,
+            imitation.SELF_PLAY_SEEDS,
+            imitation.ARENA_SEEDS,
         ):
             spans.append((world.first_seed + stage, world.first_seed + stage + (1 << 28)))
     spans.sort()

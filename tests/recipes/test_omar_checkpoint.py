@@ -101,6 +101,7 @@ def check_export(workdir, dtype):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_from_a_bfloat16_checkpoint_to_one(tiny, tmp_path):
     # A base model: its end of text is not the end of a turn.
     start = make_checkpoint(tmp_path / "start", "qwen2", torch.bfloat16, eos="<|endoftext|>")

@@ -55,8 +55,11 @@ def refused(tiny, arguments, capsys) -> str:
         ({"model__num_kv_heads": 3}, "config.model.num_kv_heads is 3; it must divide"),
         ({"model__num_heads": 16}, "config.model.num_heads=16; it must divide half of"),
         ({"self_play__b2": 1.0}, "config.self_play.b2=1.0; it must be at least 0 and below 1"),
-        ({"self_play__schedule": "linear"}, "config.self_play.schedule='linear'; it may be"),
+        ({"self_play__optimizer": "sgd"}, "config.self_play.optimizer='sgd'; it may be adamw"),
+        ({"self_play__schedule": "step"}, "config.self_play.schedule='step'; it may be"),
         ({"arena__games": 1}, "config.arena.games=1; it must be at least 2"),
+        ({"rollout__tensor": 0}, "config.rollout.tensor=0; it must be at least 1"),
+        ({"rollout__tensor": 2}, "config.rollout.tensor=2; it must divide the model's num_heads=1"),
         ({"rollout__leave": 0.0}, "config.rollout.leave=0.0; it must be above 0"),
         ({"checkpoint__rollout_seconds": -1.0}, "config.checkpoint.rollout_seconds=-1.0"),
         ({"loss__dual_clip": 0.5}, "config.loss.dual_clip is 0.5; it must be above 1, or 0"),
@@ -180,7 +183,20 @@ def test_a_self_play_checkpoint_of_another_shape(tiny, copy, tmp_path, capsys):
     shutil.rmtree(copy / "export")
     shutil.rmtree(copy / "checkpoints" / "self_play")
     with Checkpoints(copy / "checkpoints" / "self_play") as checkpoints:
-        host = {"done": 1, "rollout": None, "notes": [], "alarms": {"entropy": None, "flat": 0}}
+        work = {"games": None, "alarms": {"entropy": None, "flat": 0}}
+        host = {"done": 1, "best": None, "notes": [], "work": work}
         checkpoints.save(1, {"state": {"model": np.zeros(3, np.float32)}}, host)
     err = refused(tiny, tiny.arguments(copy), capsys)
     assert "checkpoints/self_play/1" in err and "expected" in err
+
+
+def test_a_checkpoint_of_an_older_version(tiny, copy, capsys):
+    from jaxconv.train.checkpoint import Checkpoints
+
+    (copy / "report.json").unlink()
+    shutil.rmtree(copy / "export")
+    shutil.rmtree(copy / "checkpoints" / "self_play")
+    with Checkpoints(copy / "checkpoints" / "self_play") as checkpoints:
+        checkpoints.save(1, {"state": np.zeros(3, np.float32)}, {"done": 1, "rollout": None})
+    err = refused(tiny, tiny.arguments(copy), capsys)
+    assert "checkpoints/self_play/1 keeps done, rollout; expected best, done, notes, work" in err

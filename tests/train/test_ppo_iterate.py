@@ -70,13 +70,15 @@ def trajectories(small_actor_critic, judge) -> Trajectories:
 def iterate(small_actor_critic, trajectories):
     def run(ppo: PPO, optimizer=SGD, *, learn_policy=True, reference=None, seed=(0, 1), data=None):
         state = TrainState.create(replicate(small_actor_critic(), ppo.mesh), optimizer)
-        return ppo.iterate(
+        state, metrics, finite = ppo.iterate(
             state,
             data or trajectories,
             reference=reference,
             learn_policy=learn_policy,
             seed=seed,
         )
+        assert finite.all() and len(finite) == len(ppo.tensor_names)
+        return state, metrics
 
     return run
 

@@ -16,11 +16,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxconv.objectives.metrics import Metrics
+from jaxconv.objectives.metrics import Metrics, Spread
 from jaxconv.train.mesh import DATA, data_mesh, replicate, share_rows
 from jaxconv.train.optimizer import make_optimizer
 from jaxconv.train.state import TrainState
-from jaxconv.train.update import accumulate, make_update
+from jaxconv.train.update import accumulate, make_update, tensor_names
 
 
 def squared_error(model, batch, factor=1.0):
@@ -29,7 +29,9 @@ def squared_error(model, batch, factor=1.0):
     error = jnp.where(mask, (x @ model["w"] - y) ** 2, 0.0) * factor
     largest = jnp.where(mask, jnp.abs(x @ model["w"] - y), -jnp.inf).max()
     total = error.sum()
-    return total, mask.sum().astype(jnp.float32), Metrics({"mse": total}, {"largest": largest})
+    spread = Spread.of(1e4 + x @ model["w"], mask)
+    metrics = Metrics({"mse": total}, {"largest": largest}, {"std": spread})
+    return total, mask.sum().astype(jnp.float32), metrics
 
 
 @pytest.fixture
@@ -55,6 +57,9 @@ def test_the_sum_over_micro_batches_is_the_whole(problem, parts):
     assert denominator == count
     np.testing.assert_allclose(metrics.sums["mse"], expected.sums["mse"], rtol=1e-5)
     assert metrics.maxima["largest"] == expected.maxima["largest"]
+    x, _, mask = map(np.asarray, batch)
+    std = np.std((x @ np.asarray(model["w"]))[mask])
+    np.testing.assert_allclose(metrics.spreads["std"].std, std, rtol=1e-3)
 
 
 def test_micro_batches_behind_the_count_are_not_read(problem):
@@ -74,14 +79,15 @@ def test_an_update_divides_by_the_whole_batch_and_reports_the_norm(problem):
     before = np.array(model["w"])
     optimizer = optax.sgd(0.1)
     update = make_update(squared_error, optimizer, data_mesh(1))
-    state, denominator, metrics = update(
+    state, updated = update(
         TrainState.create(model, optimizer), split(batch, 3), np.int32(3), np.float32(1.0)
     )
     x, y, mask = map(np.asarray, batch)
     mean = 2 * ((x @ before - y) * mask) @ x / mask.sum()
     np.testing.assert_allclose(state.model["w"], before - 0.1 * mean, rtol=1e-5)
-    np.testing.assert_allclose(metrics.maxima["gradient_norm"], np.linalg.norm(mean), rtol=1e-5)
-    assert denominator == mask.sum()
+    norm = updated.metrics.maxima["gradient_norm"]
+    np.testing.assert_allclose(norm, np.linalg.norm(mean), rtol=1e-5)
+    assert updated.denominator == mask.sum()
 
 
 def test_a_batch_that_counts_nothing_changes_nothing(problem):
@@ -90,10 +96,10 @@ def test_a_batch_that_counts_nothing_changes_nothing(problem):
     before = np.array(model["w"])
     nothing = split((x, y, jnp.zeros_like(mask)), 2)
     update = make_update(squared_error, optimizer, data_mesh(1))
-    state, denominator, _ = update(
+    state, updated = update(
         TrainState.create(model, optimizer), nothing, np.int32(2), np.float32(1.0)
     )
-    assert denominator == 0
+    assert updated.denominator == 0
     np.testing.assert_array_equal(state.model["w"], before)
 
 
@@ -104,11 +110,61 @@ def test_scaled_gradients_move_what_is_left(problem):
     update = make_update(
         squared_error, optimizer, data_mesh(1), lambda g, keep: jax.tree.map(lambda x: x * keep, g)
     )
-    state, _, metrics = update(
+    state, updated = update(
         TrainState.create(model, optimizer), split(batch, 2), np.int32(2), np.float32(0.0)
     )
     np.testing.assert_array_equal(state.model["w"], before)
-    assert metrics.maxima["gradient_norm"] == 0
+    assert updated.metrics.maxima["gradient_norm"] == 0
+
+
+def bad_tensors(optimizer, *, state_of=lambda state: state, scale=1.0, ema_decay=0.0):
+    """Names of what is not finite after one update of three weights whose gradients are 1, 3, 2
+    times `scale`."""
+
+    def loss(model, batch):
+        total = scale * (model["a"] + 3 * model["b"] + 2 * model["c"]).sum()
+        return total, jnp.float32(1), Metrics({"loss": total})
+
+    model = {name: jnp.zeros(2) for name in "abc"}
+    state = state_of(TrainState.create(model, optimizer, ema=ema_decay > 0))
+    update = make_update(loss, optimizer, data_mesh(1), ema_decay=ema_decay)
+    state, updated = update(state, np.zeros((1, 1)), np.int32(1))
+    names = tensor_names(updated.metrics, state)
+    assert len(names) == len(updated.finite)
+    bad = [name for name, good in zip(names, updated.finite, strict=True) if not good]
+    return bad, updated
+
+
+def test_a_norm_that_overflows_names_the_largest_gradient():
+    """Squares of finite gradients may be infinite; clipping would then stop all learning."""
+    optimizer = make_optimizer(
+        optax.constant_schedule(0.1), b2=0.99, weight_decay=0.0, clip_norm=1.0
+    )
+    bad, updated = bad_tensors(optimizer, scale=1e25)
+    assert np.isinf(updated.metrics.maxima["gradient_norm"])
+    assert bad == ["the gradient norm (largest in b)"]
+    assert bad_tensors(optimizer, scale=1e15)[0] == []
+
+
+def test_a_gradient_that_is_not_finite_is_named_rather_than_the_norm():
+    bad, _ = bad_tensors(optax.sgd(0.0), scale=2e38)
+    assert bad[:2] == ["the gradient of b", "the gradient of c"]
+    assert not any("norm" in name for name in bad)
+
+
+def test_the_optimizers_state_and_the_average_are_looked_at():
+    # The square of this gradient is infinite, and the update by it 0: no weight tells of it.
+    bad, _ = bad_tensors(optax.scale_by_adam(), scale=2e19)
+    assert set(bad) == {
+        "the gradient norm (largest in b)",
+        *(f"the optimizer state nu/{name}" for name in "abc"),
+    }
+
+    def spoilt(state):
+        return TrainState(state.model, state.opt_state, state.ema | {"c": jnp.full(2, jnp.nan)})
+
+    bad, _ = bad_tensors(optax.sgd(0.1), state_of=spoilt, ema_decay=0.5)
+    assert bad == ["the average of c"]
 
 
 def test_weight_decay_touches_matrices_alone():
@@ -177,11 +233,12 @@ def main() -> None:
         slow = make_update(summed_in_the_loop, optimizer, mesh)
         slow_waits = collectives(slow.lower(state, shared, *constants).compile().as_text())
         for _ in range(3):
-            state, denominator, metrics = update(state, shared, *constants)
+            state, updated = update(state, shared, *constants)
         out[devices] = {
             "w": state.model["w"].tolist(),
-            "denominator": float(denominator),
-            "metrics": jax.tree.map(float, metrics.sums | metrics.maxima),
+            "denominator": float(updated.denominator),
+            "metrics": jax.tree.map(float, updated.metrics.sums | updated.metrics.maxima),
+            "std": float(updated.metrics.spreads["std"].std),
             "waits": waits,
             "slow_waits": slow_waits,
         }
@@ -208,6 +265,7 @@ def test_the_update_is_the_same_on_any_number_of_devices(on_devices, devices):
     assert many["metrics"].keys() == one["metrics"].keys()
     for name, value in one["metrics"].items():
         np.testing.assert_allclose(many["metrics"][name], value, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(many["std"], one["std"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("devices", ["2", "8"])

@@ -1,0 +1,46 @@
+"""Satisfaction rubrics from labelled conversations, and how well they estimate it (docs/spur.md).
+
+tiny   embedded conversations, and rules in the place of a model: under a minute.
+
+With config.data.path and config.llm.base_url (or config.llm.model) the rubrics are of your
+conversations and by a language model.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxconv.llm.section import llm_section
+
+PRESETS = ("tiny",)
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    config = ConfigDict()
+    config.recipe = "spur"
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.path = ""  # a file or a folder of files; "" is the embedded world
+    config.data.format = "auto"  # "rated" for dialogues with the ratings of annotators
+    config.data.label = "label"  # the key of meta that holds "sat" or "dsat"
+    config.data.neutral = 3.0  # the rating between satisfied and not, of dialogues with ratings
+    config.data.domain = "domain"  # the key of meta by which rubrics are moved to other domains
+    config.data.examples = 1000  # of the embedded world
+    config.data.noise = 0.15  # how often a cause in it is one of the other side
+
+    config.spur = ConfigDict()
+    config.spur.splits = 5
+    config.spur.train = 0.15  # of the conversations, in each split others
+    config.spur.dev = 0.1  # of them, to tune the threshold with; the rest is tested on
+    config.spur.rubric_items = 10  # of a rubric, at most
+    config.spur.batch = 100  # patterns that are summarised together
+    config.spur.shots = 1  # examples of each label in few-shot prompts
+
+    config.encoder = ConfigDict()
+    config.encoder.path = ""  # a folder of sentence-transformers; "" is hashed n-grams
+    config.encoder.dim = 0  # numbers of an embedding; 0 is all
+
+    config.control = ConfigDict()
+    config.control.shuffled = True  # all of it again with shuffled labels, as many calls again
+
+    config.llm = llm_section()
+    return config

@@ -1,0 +1,1 @@
+"""Synthetic worlds with planted truth: generators with a seed, written for this project."""

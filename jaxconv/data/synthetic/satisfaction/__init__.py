@@ -1,0 +1,25 @@
+"""Users who are content with an assistant or are not, and show it or not: labels of known causes.
+
+A user asks something of a domain and intent, in one of three languages, and the assistant answers.
+In what the user says next are *causes*: of a satisfied user mostly those of `SATISFIED`, of a
+dissatisfied one those of `DISSATISFIED`, and with probability `noise` one of the other side. A user
+may also show nothing. So nobody can tell all labels: `ceiling` is the accuracy of who knows every
+cause and the odds by which they were drawn.
+
+Words alone do not tell a cause. Requests and answers are full of thanks, praise, mistakes and
+complaints that are somebody else's; users are ironic and deny what a cue says; one cause is that
+the user asks the same again in other words; and a third of the ways to put a cause are said in
+held-out conversations alone.
+
+Seeds count upwards: `conversations(seed, n)` are those of `seed` to `seed + n - 1`.
+"""
+
+from jaxconv.data.synthetic.satisfaction.generator import (
+    DISSATISFIED,
+    NOISE,
+    SATISFIED,
+    ceiling,
+    conversations,
+)
+
+__all__ = ["DISSATISFIED", "NOISE", "SATISFIED", "ceiling", "conversations"]

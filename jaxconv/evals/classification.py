@@ -1,0 +1,98 @@
+"""Precision, recall and F1 of labels that were predicted several times, with intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxconv.evals.statistics import Estimate
+
+_RESAMPLES = 2000
+_AT_ONCE = 2_000_000  # numbers of a bootstrap in memory together
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over splits; intervals are percentiles of a bootstrap over the labelled things, each of
+    which is drawn with all that was predicted for it.
+
+    Attributes:
+        accuracy: share that is right.
+        precision, recall, f1: of each label, weighted by how often it is the right one.
+    """
+
+    accuracy: Estimate
+    precision: Estimate
+    recall: Estimate
+    f1: Estimate
+
+
+def weighted_scores(
+    predicted: Sequence[Sequence[str | None]], truth: Sequence[str], *, seed: int
+) -> Scores:
+    """Scores of predictions in one or several splits.
+
+    Args:
+        predicted: of each split, a label for each thing; None where it was not predicted there:
+            that counts for nothing, least of all as a label.
+        truth: right label of each thing.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: lengths that differ, or a split without a prediction.
+    """
+    if any(len(labels) != len(truth) for labels in predicted):
+        raise ValueError(f"there are {len(truth)} right labels; every split needs as many entries")
+    names = sorted({*truth, *(label for split in predicted for label in split if label)})
+    number = {name: i for i, name in enumerate(names)}
+    k, n = len(names), len(truth)
+    cells_SN = np.array(
+        [
+            [-1 if label is None else number[right] * k + number[label] for label, right in pairs]
+            for pairs in (zip(labels, truth, strict=True) for labels in predicted)
+        ]
+    ).reshape(len(predicted), n)
+    if not len(cells_SN) or np.any((cells_SN >= 0).sum(axis=1) == 0):
+        raise ValueError("a split has no prediction")
+    used_N = np.flatnonzero((cells_SN >= 0).any(axis=0))
+    cells_SN = cells_SN[:, used_N]
+    # [S, N, k*k] as one-hot rows, with zeros where nothing was predicted.
+    onehot_SNC = (cells_SN[..., None] == np.arange(k * k)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    m = len(used_N)
+    at_once = max(1, _AT_ONCE // m)
+    drawn = [
+        _scores(_summed(rng.multinomial(m, np.full(m, 1 / m), size=size), onehot_SNC), k)
+        for size in _parts(_RESAMPLES, at_once)
+    ]
+    low_high = np.nanquantile(np.concatenate(drawn, axis=1), (0.025, 0.975), axis=1)
+    values = _scores(_summed(np.ones((1, m)), onehot_SNC), k)[:, 0]
+    return Scores(
+        *(
+            Estimate(float(value), (float(low), float(high)), m, "rate")
+            for value, low, high in zip(values, *low_high, strict=True)
+        )
+    )
+
+
+def _parts(total: int, most: int) -> list[int]:
+    return [min(most, total - done) for done in range(0, total, most)]
+
+
+def _summed(weights_BN: np.ndarray, onehot_SNC: np.ndarray) -> np.ndarray:
+    """float64 [S, B, C]."""
+    return np.stack([weights_BN @ onehot_NC for onehot_NC in onehot_SNC])
+
+
+def _scores(counts_SBC: np.ndarray, k: int) -> np.ndarray:
+    """float64 [4, B]: accuracy, precision, recall, F1, means over splits."""
+    table = counts_SBC.reshape(*counts_SBC.shape[:-1], k, k)  # right label, predicted label
+    hit, right, said = np.einsum("...ii->...i", table), table.sum(-1), table.sum(-2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = right / right.sum(-1, keepdims=True)
+        precision = np.where(said > 0, hit / said, 0.0)
+        recall = np.where(right > 0, hit / right, 0.0)
+        f1 = np.where(right + said > 0, 2 * hit / (right + said), 0.0)
+        accuracy = hit.sum(-1) / right.sum(-1)
+    weighted = [(share * x).sum(-1) for x in (precision, recall, f1)]
+    return np.stack([x.mean(axis=0) for x in (accuracy, *weighted)])

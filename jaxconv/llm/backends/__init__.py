@@ -1,0 +1,1 @@
+"""Who answers: an endpoint, rules, or a journal."""

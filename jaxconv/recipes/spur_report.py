@@ -1,0 +1,259 @@
+"""What SPUR's study comes to: numbers with intervals, tables, and files that say why."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxconv.data.synthetic import satisfaction
+from jaxconv.evals.classification import weighted_scores
+from jaxconv.evals.report import Report, escape, table
+from jaxconv.evals.statistics import Estimate, mean_of_few, proportion
+from jaxconv.models.text_classifier import TextClassifier, save_text_classifier
+from jaxconv.recipes.asking import Asking
+from jaxconv.recipes.spur_analysis import (
+    Distilled,
+    ItemTest,
+    distil,
+    item_tests,
+    satisfied_of,
+)
+from jaxconv.recipes.spur_baselines import ASKED
+from jaxconv.recipes.spur_talks import Talks, domain_groups
+from jaxconv.train import atomic
+from jaxconv.train.workdir import Workdir
+
+if TYPE_CHECKING:
+    from jaxconv.recipes.spur import Study, Trial
+
+_OURS = ("spur", "spur_threshold_0", "rubric_scores", "embedding_and_rubric")
+_SHOWN = 4  # conversations that are told in full
+_LEAST = 20  # conversations of a language that get a row
+
+
+def report_of(config, asked: Asking, talks: Talks, study: "Study", workdir: Workdir) -> Report:
+    """Writes the artifacts and fills the report."""
+    report = Report()
+    _methods(report, config, asked, talks, study)
+    _languages(report, config, talks, study)
+    _transfer(report, config, talks, study)
+    trial = study.trials[0]
+    tests = _tests(talks, trial)
+    distilled = distil(
+        trial.scores, talks.ids, trial.rubrics.items, study.embeddings, seed=config.seed
+    )
+    if distilled.mean_auc is not None:
+        report.results["distilled/auc"] = distilled.mean_auc
+    if distilled.classifier is not None:
+        folder = workdir.artifacts / "item_classifier"
+        save_text_classifier(TextClassifier(study.encoder, distilled.classifier), folder)
+        report.artifacts["item_classifier"] = "artifacts/item_classifier"
+    _items(report, trial, tests, distilled)
+    _rubrics_file(report, talks, study, tests, distilled, workdir)
+    _scores_file(report, talks, trial, workdir)
+    _why(report, talks, trial)
+    _notes(report, config, asked, talks, study)
+    return report
+
+
+def _methods(report: Report, config, asked: Asking, talks: Talks, study: "Study") -> None:
+    names = list(study.trials[0].predicted)
+    rows = []
+    for name in names:
+        splits = [trial.predicted[name] for trial in study.trials]
+        splits = [labels for labels in splits if any(labels)]
+        if not splits:
+            continue
+        found = weighted_scores(splits, talks.truth, seed=config.seed)
+        into = report.results if name in _OURS else report.baselines
+        for metric in ("f1", "accuracy"):
+            into[f"{metric}/{name}"] = getattr(found, metric)
+        who = asked.who if name in (*ASKED, *_OURS) else "no model"
+        rows.append([name, who, *(_cell(getattr(found, m)) for m in ("precision", "recall", "f1"))])
+    report.sections["Methods"] = (
+        f"Weighted scores, means over {len(study.trials)} splits; intervals over conversations.\n\n"
+        + table(["method", "answers of", "precision", "recall", "F1"], rows)
+    )
+    tested = {i for trial in study.trials for i in trial.split.test}
+    scored = sum(all(talks.ids[i] in t.scores for t in study.trials) for i in tested)
+    report.results["scored"] = proportion(scored, len(tested))
+    if len(study.shuffled) > 1:
+        report.baselines["accuracy/shuffled_labels"] = mean_of_few(study.shuffled, unit="rate")
+    if not config.data.path:
+        ceiling = satisfaction.ceiling(config.data.noise)
+        report.baselines["accuracy/ceiling"] = Estimate(ceiling, None, len(talks), "rate")
+
+
+def _languages(report: Report, config, talks: Talks, study: "Study") -> None:
+    found = [str(meta.get("language", "")) for meta in talks.meta]
+    rows = []
+    for language in sorted({x for x in found if x}):
+        own = [i for i, x in enumerate(found) if x == language]
+        if len(own) < _LEAST:
+            continue
+        splits = [[trial.predicted["spur"][i] for i in own] for trial in study.trials]
+        splits = [labels for labels in splits if any(labels)]
+        if splits:
+            scores = weighted_scores(splits, [talks.truth[i] for i in own], seed=config.seed)
+            rows.append([language, str(len(own)), _cell(scores.f1), _cell(scores.accuracy)])
+    if rows:
+        report.sections["By language"] = table(
+            ["language", "conversations", "F1", "accuracy"], rows
+        )
+
+
+def _transfer(report: Report, config, talks: Talks, study: "Study") -> None:
+    rows = []
+    for (learned, tested), labels in study.transfer.items():
+        if not any(labels):
+            continue
+        found = weighted_scores([labels], talks.truth, seed=config.seed)
+        report.results[f"f1/transfer/{learned}_to_{tested}"] = found.f1
+        rows.append([learned, tested, _cell(found.f1), _cell(found.accuracy), str(found.f1.n)])
+    if rows:
+        groups = domain_groups(config, talks)
+        said = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in groups.items())
+        report.sections["Rubrics in other domains"] = (
+            f"Domains in two groups ({escape(said)}), threshold 0, the first split.\n\n"
+            + table(["learned on", "tested on", "F1", "accuracy", "conversations"], rows)
+        )
+
+
+def _tests(talks: Talks, trial: "Trial") -> list[ItemTest]:
+    test = [i for i in trial.split.test if talks.ids[i] in trial.scores]
+    shown_NI = np.array(
+        [[item.present for item in _in_order(trial, talks.ids[i])] for i in test], bool
+    ).reshape(len(test), len(trial.rubrics.items))
+    return item_tests(shown_NI, satisfied_of([talks.truth[i] for i in test]))
+
+
+def _in_order(trial: "Trial", id: str):
+    own = {item.id: item for item in trial.scores[id].items}
+    return [own[item.id] for item in trial.rubrics.items]
+
+
+def _items(report: Report, trial: "Trial", tests: Sequence[ItemTest], distilled: Distilled) -> None:
+    rows = []
+    for item, test in zip(trial.rubrics.items, tests, strict=True):
+        auc = distilled.auc.get(item.id)
+        rows.append(
+            [
+                item.id,
+                item.name,
+                ", ".join(item.examples[:3]),
+                f"{test.sat:.1%}",
+                f"{test.dsat:.1%}",
+                f"{test.chi_square:.1f}",
+                f"{test.p:.2g}",
+                "" if auc is None else f"{auc:.2f}",
+            ]
+        )
+    report.sections["Rubric of the first split"] = table(
+        ["id", "item", "such as", "of sat", "of dsat", "chi-square", "p (Holm)", "AUC distilled"],
+        rows,
+    )
+
+
+def _rubrics_file(
+    report: Report,
+    talks: Talks,
+    study: "Study",
+    tests: Sequence[ItemTest],
+    distilled: Distilled,
+    workdir: Workdir,
+) -> None:
+    content = []
+    for number, trial in enumerate(study.trials):
+        entry = {
+            "split": number,
+            "threshold": trial.threshold,
+            "items": [item.model_dump() for item in trial.rubrics.items],
+            "patterns": {
+                key: {"satisfied": satisfied, **pattern.model_dump()}
+                for key, (satisfied, pattern) in sorted(trial.rubrics.patterns.items())
+            },
+        }
+        if not number:
+            for item, test in zip(entry["items"], tests, strict=True):
+                item |= {"chi_square": test.chi_square, "p": test.p, "shown": test.shown}
+                item["auc"] = distilled.auc.get(item["id"])
+        content.append(entry)
+    atomic.write_json(workdir.artifacts / "rubrics.json", content)
+    report.artifacts["rubrics"] = "artifacts/rubrics.json"
+
+
+def _scores_file(report: Report, talks: Talks, trial: "Trial", workdir: Workdir) -> None:
+    """The breakdown of every conversation of the first split, a line each."""
+    names = {item.id: item.name for item in trial.rubrics.items}
+    part = {i: name for name in ("train", "dev", "test") for i in getattr(trial.split, name)}
+    lines = []
+    for i, id in sorted(enumerate(talks.ids), key=lambda pair: pair[1]):
+        row = {"id": id, "part": part[i], "label": talks.truth[i]}
+        if id in trial.scores:
+            r = trial.scores[id].satisfaction
+            row |= {
+                "satisfaction": r,
+                "predicted": "sat" if r > trial.threshold else "dsat",
+                "items": [
+                    {"id": x.id, "name": names[x.id], "quote": x.quote, "score": x.score}
+                    for x in _in_order(trial, id)
+                    if x.present
+                ],
+            }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    atomic.write_text(workdir.artifacts / "scores.jsonl", "".join(lines))
+    report.artifacts["scores"] = "artifacts/scores.jsonl"
+
+
+def _why(report: Report, talks: Talks, trial: "Trial") -> None:
+    """A few conversations of the test part with what was heard in them."""
+    ids = [talks.ids[i] for i in trial.split.test if talks.ids[i] in trial.scores]
+    telling = sorted(ids, key=lambda id: (-sum(x.present for x in trial.scores[id].items), id))
+    names = {item.id: item.name for item in trial.rubrics.items}
+    truth = dict(zip(talks.ids, talks.truth, strict=True))
+    turns = dict(zip(talks.ids, talks.turns, strict=True))
+    parts = []
+    for id in telling[:_SHOWN]:
+        found = trial.scores[id]
+        rows = [
+            [x.id, names[x.id], x.quote, f"{'+' if x.id.startswith('S') else '-'}{x.score}"]
+            for x in _in_order(trial, id)
+            if x.present
+        ]
+        said = "\n".join(f"- **{escape(t.role)}**: {escape(t.content)}" for t in turns[id][:12])
+        more = len(turns[id]) - 12
+        parts.append(
+            f"### {escape(id)}: {found.satisfaction:+d}, known as {truth[id]}\n\n{said}\n"
+            + (f"- and {more} turns more\n" if more > 0 else "")
+            + "\n"
+            + table(["item", "", "words of the user", "points"], rows)
+        )
+    report.sections["Why"] = "\n".join(parts)
+
+
+def _notes(report: Report, config, asked: Asking, talks: Talks, study: "Study") -> None:
+    for why, count in sorted(talks.left_out.items()):
+        report.notes.append(f"{count} conversations were left out: {why}.")
+    if not config.data.path:
+        report.notes.append(
+            f"Embedded conversations, a cause of the other side in {config.data.noise:.0%}; the "
+            "ceiling is who knows every cause and the odds."
+        )
+    report.notes.append(f"Rubrics and scores of {asked.who}; {study.encoder.about}.")
+    report.notes += study.notes
+    if len(study.shuffled) > 1:
+        report.notes.append(
+            "With shuffled labels rubrics are learned from labels of other conversations: their "
+            "interval is over splits and must cover what guessing gets."
+        )
+    if report.results["scored"].value < 1:
+        report.notes.append(
+            "A conversation without a valid answer is in no class and in no score; the share that "
+            "has one in every split is 'scored'."
+        )
+
+
+def _cell(estimate: Estimate) -> str:
+    low, high = estimate.ci95
+    return f"{estimate.value:.3f} [{low:.3f}, {high:.3f}]"
