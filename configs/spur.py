@@ -40,7 +40,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.encoder.dim = 0  # numbers of an embedding; 0 is all
 
     config.control = ConfigDict()
-    config.control.shuffled = True  # all of it again with shuffled labels, as many calls again
+    config.control.shuffles = 5  # repetitions with shuffled labels, each as many calls as a split
 
     config.llm = llm_section()
     return config

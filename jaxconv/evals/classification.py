@@ -18,10 +18,13 @@ class Scores:
 
     Attributes:
         accuracy: share that is right.
+        balanced: mean over labels of the share of each that is right; 1 / labels is what guessing
+            gets, however uneven they are.
         precision, recall, f1: of each label, weighted by how often it is the right one.
     """
 
     accuracy: Estimate
+    balanced: Estimate
     precision: Estimate
     recall: Estimate
     f1: Estimate
@@ -56,17 +59,18 @@ def weighted_scores(
         raise ValueError("a split has no prediction")
     used_N = np.flatnonzero((cells_SN >= 0).any(axis=0))
     cells_SN = cells_SN[:, used_N]
-    # [S, N, k*k] as one-hot rows, with zeros where nothing was predicted.
-    onehot_SNC = (cells_SN[..., None] == np.arange(k * k)).astype(np.float32)
+    # Things with the same cells in all splits are alike to a bootstrap: it draws how many of each.
+    cells_SU, count_U = np.unique(cells_SN, axis=1, return_counts=True)
+    onehot_SUC = (cells_SU[..., None] == np.arange(k * k)).astype(np.float32)
     rng = np.random.default_rng(seed)
     m = len(used_N)
-    at_once = max(1, _AT_ONCE // m)
+    at_once = max(1, _AT_ONCE // len(count_U))
     drawn = [
-        _scores(_summed(rng.multinomial(m, np.full(m, 1 / m), size=size), onehot_SNC), k)
+        _scores(_summed(rng.multinomial(m, count_U / m, size=size), onehot_SUC), k)
         for size in _parts(_RESAMPLES, at_once)
     ]
     low_high = np.nanquantile(np.concatenate(drawn, axis=1), (0.025, 0.975), axis=1)
-    values = _scores(_summed(np.ones((1, m)), onehot_SNC), k)[:, 0]
+    values = _scores(_summed(count_U[None], onehot_SUC), k)[:, 0]
     return Scores(
         *(
             Estimate(float(value), (float(low), float(high)), m, "rate")
@@ -79,13 +83,13 @@ def _parts(total: int, most: int) -> list[int]:
     return [min(most, total - done) for done in range(0, total, most)]
 
 
-def _summed(weights_BN: np.ndarray, onehot_SNC: np.ndarray) -> np.ndarray:
+def _summed(weights_BU: np.ndarray, onehot_SUC: np.ndarray) -> np.ndarray:
     """float64 [S, B, C]."""
-    return np.stack([weights_BN @ onehot_NC for onehot_NC in onehot_SNC])
+    return np.stack([weights_BU @ onehot_UC for onehot_UC in onehot_SUC]).astype(np.float64)
 
 
 def _scores(counts_SBC: np.ndarray, k: int) -> np.ndarray:
-    """float64 [4, B]: accuracy, precision, recall, F1, means over splits."""
+    """float64 [5, B]: accuracy, balanced accuracy, precision, recall, F1, means over splits."""
     table = counts_SBC.reshape(*counts_SBC.shape[:-1], k, k)  # right label, predicted label
     hit, right, said = np.einsum("...ii->...i", table), table.sum(-1), table.sum(-2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -94,5 +98,6 @@ def _scores(counts_SBC: np.ndarray, k: int) -> np.ndarray:
         recall = np.where(right > 0, hit / right, 0.0)
         f1 = np.where(right + said > 0, 2 * hit / (right + said), 0.0)
         accuracy = hit.sum(-1) / right.sum(-1)
+        balanced = recall.sum(-1) / (right > 0).sum(-1)
     weighted = [(share * x).sum(-1) for x in (precision, recall, f1)]
-    return np.stack([x.mean(axis=0) for x in (accuracy, *weighted)])
+    return np.stack([x.mean(axis=0) for x in (accuracy, balanced, *weighted)])

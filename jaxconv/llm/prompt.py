@@ -95,10 +95,18 @@ def unescape(text: str) -> str:
 
 
 def is_quoted(quote: str, text: str) -> bool:
-    """Whether `quote` stands in `text`, as it is or as a prompt shows it; spaces do not matter."""
-    words = " ".join(text.split())
-    found = " ".join(quote.split())
-    return bool(found) and (found in words or " ".join(unescape(quote).split()) in words)
+    """Whether `quote` stands in `text`, as it is or as a prompt shows it. Spaces, capitals and the
+    form of quotation marks and dashes do not matter, nor do quotation marks around it all."""
+    words = _plain(text)
+    forms = [_plain(quote), _plain(unescape(quote))]
+    return any(form and form in words for own in forms for form in (own, own.strip("\"'")))
+
+
+_FORMS = str.maketrans("‘’‚‛′“”„‟″«»‐‑–—−", "'" * 5 + '"' * 7 + "-" * 5)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.translate(_FORMS).casefold().split())
 
 
 class _Safe(str):

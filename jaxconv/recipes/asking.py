@@ -4,10 +4,10 @@ import collections
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -38,9 +38,29 @@ from jaxconv.train.workdir import Workdir
 Inputs = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """By id, or pairs of id and input; gone through more than once."""
 
+T = TypeVar("T")
+Chain = Generator[tuple[Task, Mapping[str, Any]], Mapping[str, Result], T]
+"""Questions of which each depends on the answers before: yields a task and its inputs by id, is
+sent the results, and returns what it was for."""
+
 
 class NoAnswer(Failed):
     """A question that nothing goes on without has no valid answer."""
+
+
+def once(task: Task, id: str, input: Any) -> Chain[Any]:
+    """A step of a chain: the value for one input.
+
+    Raises:
+        NoAnswer: there is none.
+    """
+    result = (yield task, {id: input})[id]
+    if result.error is not None:
+        raise NoAnswer(
+            f"task {task.name}, {result.id}: {result.error.kind}: {result.error.message}; "
+            "--retry_failed asks again"
+        )
+    return result.value
 
 
 @dataclass
@@ -155,19 +175,44 @@ class Asking:
         self.plans.append(plan)
         return plan
 
-    def ask_once(self, task: Task, id: str, input: Any, *, sample: int = 0) -> Any:
-        """The value for one input that nothing goes on without.
+    def in_step(self, chains: Mapping[str, Chain[T]]) -> dict[str, T | NoAnswer]:
+        """What each chain returns, by its name, or why it ended without an answer.
 
-        Raises:
-            NoAnswer: there is none.
+        What the chains ask next is asked together, so that as many calls are under way as there are
+        chains. The id of a row is "<name of the chain>, <id in it>".
         """
-        result = self.ask(task, {id: input}, sample=sample)[id]
-        if result.error is not None:
-            raise NoAnswer(
-                f"task {task.name}, {id}: {result.error.kind}: {result.error.message}; "
-                "--retry_failed asks again"
-            )
-        return result.value
+        found: dict[str, T | NoAnswer] = {}
+        waiting: dict[str, tuple[Task, Mapping[str, Any]]] = {}
+
+        def go_on(name: str, results: Mapping[str, Result] | None) -> None:
+            try:
+                waiting[name] = chains[name].send(results)
+            except StopIteration as end:
+                found[name] = end.value
+            except NoAnswer as error:
+                found[name] = error
+
+        for name in chains:
+            go_on(name, None)
+        while waiting:
+            groups: dict[tuple, dict[str, tuple[Task, Mapping[str, Any]]]] = {}
+            for name, (task, inputs) in waiting.items():
+                # Rules may differ between chains, and a dry run answers with them.
+                who = () if self.backend.is_model and not self.dry else (id(task.rules),)
+                group = groups.setdefault((task.name, task.prompt.version, *who), {})
+                group[name] = task, inputs
+            waiting.clear()
+            for group in groups.values():
+                task = next(iter(group.values()))[0]
+                joined = {
+                    f"{name}, {id}": given
+                    for name, (_, inputs) in group.items()
+                    for id, given in inputs.items()
+                }
+                results = self.ask(task, joined)
+                for name, (_, inputs) in group.items():
+                    go_on(name, {id: results[f"{name}, {id}"] for id in inputs})
+        return {name: found[name] for name in chains}
 
     def write(self, path: Path, task: Task, results: Mapping[str, Result]) -> None:
         """`llm.artifact.write_results`; a dry run writes nothing."""

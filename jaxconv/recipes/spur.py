@@ -9,13 +9,12 @@ arXiv 2403.12388).
 
 All of it in several splits, whose training parts share nothing; beside it the baselines, what the
 rubrics add to embeddings, small classifiers that take the place of the model, and the same with
-shuffled labels.
+shuffled labels. Rubrics of all of these are made side by side, a minibatch of each at a time.
 """
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,16 @@ from jaxconv.llm import section
 from jaxconv.llm.conversations import Turn
 from jaxconv.models.text_encoder import TextEncoder, load_text_encoder
 from jaxconv.recipes import spur_baselines, spur_report
-from jaxconv.recipes.asking import Asking, NoAnswer, add_quarantine, asking, dry_asking
+from jaxconv.recipes.asking import (
+    Asking,
+    Chain,
+    NoAnswer,
+    add_quarantine,
+    asking,
+    dry_asking,
+    once,
+)
+from jaxconv.recipes.spur_analysis import points_of, satisfaction_of
 from jaxconv.recipes.spur_rules import Cues
 from jaxconv.recipes.spur_talks import LEAST, Split, Talks, domain_groups, labelled, splits_of
 from jaxconv.recipes.spur_tasks import (
@@ -68,6 +76,11 @@ def check(config) -> None:
         raise Refused(
             f"config.spur.rubric_items={config.spur.rubric_items}; it may be at most {MAX_ITEMS}, "
             "so that R lies between -100 and 100"
+        )
+    if config.control.shuffles < 0 or config.control.shuffles == 1:
+        raise Refused(
+            f"config.control.shuffles={config.control.shuffles}; it may be 0, or 2 and more for an "
+            "interval"
         )
     if not 0 <= config.data.noise <= 0.5:
         raise Refused(f"config.data.noise={config.data.noise}; it may be from 0 to 0.5")
@@ -129,19 +142,19 @@ def extract(
 
 
 def summarise(
-    asked: Asking,
-    patterns: Sequence[Pattern],
-    *,
-    satisfied: bool,
-    limit: int,
-    batch: int,
-    cues: Cues,
-) -> list[RubricItem]:
+    patterns: Sequence[Pattern], *, satisfied: bool, limit: int, batch: int, cues: Cues
+) -> Chain[list[RubricItem]]:
     """The rubric of one polarity, from minibatches of its patterns; the last one is the result.
 
     Raises:
-        Failed: there is no valid answer for a minibatch: nothing is left out in silence.
+        NoAnswer: there is no pattern, or no valid answer for a minibatch: nothing is left out in
+            silence.
     """
+    if not patterns:
+        raise NoAnswer(
+            f"no reason for {SAT if satisfied else DSAT!r} was found in any training conversation; "
+            "a rubric needs one (more conversations: config.spur.train)"
+        )
     task = dataclasses.replace(SUMMARY, rules=cues.summarise)
     items: list[RubricItem] = []
     for number, begin in enumerate(range(0, len(patterns), batch)):
@@ -151,8 +164,7 @@ def summarise(
             previous=items,
             limit=limit,
         )
-        polarity = SAT if satisfied else DSAT
-        items = asked.ask_once(task, f"{polarity}, minibatch {number}", given).items
+        items = (yield from once(task, f"minibatch {number}", given)).items
     return items
 
 
@@ -176,29 +188,51 @@ class Rubrics:
         return [*self.sat, *self.dsat]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Conversations to learn from: indices, and the labels that they are said to have."""
+
+    train: Sequence[int]
+    labels: Sequence[str]
+
+
 def learn(
-    config, asked: Asking, talks: Talks, train: Sequence[int], truth: Sequence[str], name: str
-) -> Rubrics:
-    """Both rubrics, from some conversations and the labels that they are said to have; `name` tells
-    them from others."""
-    own = {talks.ids[i]: talks.turns[i] for i in train}
-    satisfied = {talks.ids[i]: label == SAT for i, label in zip(train, truth, strict=True)}
-    cues = Cues(list(own.values()), list(satisfied.values()))
-    patterns = extract(asked, own, satisfied, cues, keep=f"extract_{name}")
-
-    def rubric(is_sat: bool) -> list[NumberedItem]:
-        items = summarise(
-            asked,
-            [pattern for label, pattern in patterns.values() if label == is_sat],
-            satisfied=is_sat,
-            limit=config.spur.rubric_items,
-            batch=config.spur.batch,
-            cues=cues,
+    config, asked: Asking, talks: Talks, parts: Mapping[str, Part]
+) -> dict[str, Rubrics | NoAnswer]:
+    """Both rubrics of each part, by its name, or why there are none."""
+    cues, patterns = {}, {}
+    for name, part in parts.items():
+        own = {talks.ids[i]: talks.turns[i] for i in part.train}
+        satisfied = {
+            talks.ids[i]: label == SAT for i, label in zip(part.train, part.labels, strict=True)
+        }
+        cues[name] = Cues(list(own.values()), list(satisfied.values()))
+        patterns[name] = extract(asked, own, satisfied, cues[name], keep=f"extract_{name}")
+    found = asked.in_step(
+        {
+            f"{name}, {polarity}": summarise(
+                [p for is_sat, p in patterns[name].values() if is_sat == (polarity == SAT)],
+                satisfied=polarity == SAT,
+                limit=config.spur.rubric_items,
+                batch=config.spur.batch,
+                cues=cues[name],
+            )
+            for name, polarity in itertools.product(parts, (SAT, DSAT))
+        }
+    )
+    learned: dict[str, Rubrics | NoAnswer] = {}
+    for name in parts:
+        own = [found[f"{name}, {polarity}"] for polarity in (SAT, DSAT)]
+        missing = next((items for items in own if isinstance(items, NoAnswer)), None)
+        if missing is not None:
+            learned[name] = NoAnswer(f"{name}: {missing}")
+            continue
+        numbered = (
+            [NumberedItem(id=f"{letter}{i}", **x.model_dump()) for i, x in enumerate(items, 1)]
+            for letter, items in zip("SD", own, strict=True)
         )
-        letter = "S" if is_sat else "D"
-        return [NumberedItem(id=f"{letter}{i}", **x.model_dump()) for i, x in enumerate(items, 1)]
-
-    return Rubrics(rubric(True), rubric(False), patterns, cues)
+        learned[name] = Rubrics(*numbered, patterns[name], cues[name])
+    return learned
 
 
 # ---------------------------------------------------------------- 3. scoring
@@ -228,11 +262,13 @@ def tuned_threshold(scored: Sequence[tuple[int, str]]) -> float:
     return max(candidates, key=lambda t: (right(t), -abs(t), t))
 
 
-def predict(scores: Mapping[str, ItemScores], ids: Sequence[str], threshold: float):
+def predict(
+    points_NI: np.ndarray, items: Sequence[NumberedItem], threshold: float
+) -> list[str | None]:
     """SAT where R is above the threshold, else DSAT; None without scores: that is no class."""
     return [
-        None if id not in scores else SAT if scores[id].satisfaction > threshold else DSAT
-        for id in ids
+        None if r is None else SAT if r > threshold else DSAT
+        for r in satisfaction_of(points_NI, items)
     ]
 
 
@@ -246,7 +282,7 @@ class Trial:
     Attributes:
         split: which conversations are what.
         rubrics: that were learned.
-        scores: of all conversations, by id, but for those without a valid answer.
+        points: int8 [conversations, items], scores; -1 in the row of one without a valid answer.
         threshold: tuned on the dev part.
         predicted: by method, a label for each conversation; None outside the test part, and where
             there is no valid answer.
@@ -254,7 +290,7 @@ class Trial:
 
     split: Split
     rubrics: Rubrics
-    scores: Mapping[str, ItemScores]
+    points: np.ndarray
     threshold: float
     predicted: Mapping[str, Sequence[str | None]]
 
@@ -265,7 +301,8 @@ class Study:
 
     Attributes:
         trials: one a split.
-        shuffled: accuracy of each split with shuffled labels; empty where it was not asked for.
+        scores: of the first split, with the words that show each item, by conversation.
+        shuffled: what each repetition with shuffled labels predicts, as in `Trial.predicted`.
         transfer: (learned on, tested on) -> predictions, by domain groups; empty without domains.
         embeddings: float32 [conversations, width], of what the users say.
         encoder: that made them.
@@ -273,7 +310,8 @@ class Study:
     """
 
     trials: Sequence[Trial]
-    shuffled: Sequence[float]
+    scores: Mapping[str, ItemScores]
+    shuffled: Sequence[Sequence[str | None]]
     transfer: Mapping[tuple[str, str], Sequence[str | None]]
     embeddings: np.ndarray
     encoder: TextEncoder
@@ -281,55 +319,83 @@ class Study:
 
 
 def studied(config, asked: Asking, talks: Talks) -> Study:
+    """Learns, scores and predicts in every split, and what belongs beside it.
+
+    Raises:
+        NoAnswer: there is no rubric for a split; nothing has been scored then.
+    """
     encoder = checks.naming(
         "config.encoder.path: ",
         lambda: load_text_encoder(config.encoder.path, dim=config.encoder.dim or None),
     )
     texts = ["\n".join(t.content for t in own if t.role == "user") for own in talks.turns]
     embeddings = encoder.encode(texts)
-    everything = dict(zip(talks.ids, talks.turns, strict=True))
     splits = splits_of(config, talks)
-    trials, shuffled, notes = [], [], []
-    for i, split in enumerate(splits):
-        truth = [talks.truth[k] for k in split.train]
-        rubrics = learn(config, asked, talks, split.train, truth, f"split_{i}")
-        scores = score(asked, everything, rubrics, keep=f"score_split_{i}")
-        dev = [talks.ids[k] for k in split.dev]
-        threshold = tuned_threshold(
-            [
-                (scores[id].satisfaction, talks.truth[k])
-                for id, k in zip(dev, split.dev, strict=True)
-                if id in scores
-            ]
-        )
-        trial = Trial(split, rubrics, scores, threshold, {})
-        predicted = {
-            "spur": _only(split.test, predict(scores, talks.ids, threshold)),
-            "spur_threshold_0": _only(split.test, predict(scores, talks.ids, 0.0)),
-        }
-        predicted |= {
-            name: _only(split.test, labels)
-            for name, labels in spur_baselines.predictions(
-                config, asked, talks, trial, embeddings, seed=config.seed + i
-            ).items()
-        }
-        trials.append(dataclasses.replace(trial, predicted=predicted))
-        if config.control.shuffled:
-            with _beside("shuffled labels", notes):
-                shuffled += _with_shuffled_labels(config, asked, talks, split, seed=i)
-    transfer = {}
-    with _beside("rubrics in other domains", notes):
-        transfer = _transferred(config, asked, talks, splits[0])
-    return Study(trials, shuffled, transfer, embeddings, encoder, notes)
+    own = {
+        f"split_{i}": Part(split.train, [talks.truth[k] for k in split.train])
+        for i, split in enumerate(splits)
+    }
+    shuffled, moved = _shuffled_parts(config, talks, splits), _domain_parts(config, talks, splits)
+    learned = learn(config, asked, talks, own | shuffled | moved)
+    for name in own:
+        if isinstance(learned[name], NoAnswer):
+            raise learned[name]
+    everything = range(len(talks))
+    trials, first = [], {}
+    for i, (name, split) in enumerate(zip(own, splits, strict=True)):
+        scores = _scored(asked, talks, everything, learned[name], name)
+        first = first or scores
+        points = points_of(scores, talks.ids, learned[name].items)
+        trials.append(_trial(config, asked, talks, split, learned[name], points, embeddings, i))
+    notes = [
+        f"Left out, {learned[name]}." for name in learned if isinstance(learned[name], NoAnswer)
+    ]
+    chance = [
+        _predicted(asked, talks, splits[i % len(splits)].test, learned[name], name)
+        for i, name in enumerate(shuffled)
+        if not isinstance(learned[name], NoAnswer)
+    ]
+    transfer = _transferred(config, asked, talks, splits[0], {k: learned[k] for k in moved})
+    return Study(trials, first, chance, transfer, embeddings, encoder, notes)
 
 
-@contextlib.contextmanager
-def _beside(what: str, notes: list[str]) -> Iterator[None]:
-    """What is beside the point may lack an answer: then it is left out, and the report says so."""
-    try:
-        yield
-    except NoAnswer as error:
-        notes.append(f"Left out, {what}: {error}.")
+def _scored(
+    asked: Asking, talks: Talks, indices: Sequence[int], rubrics: Rubrics, name: str
+) -> dict[str, ItemScores]:
+    turns = {talks.ids[i]: talks.turns[i] for i in indices}
+    return score(asked, turns, rubrics, keep=f"score_{name}")
+
+
+def _trial(
+    config,
+    asked: Asking,
+    talks: Talks,
+    split: Split,
+    rubrics: Rubrics,
+    points_NI: np.ndarray,
+    embeddings: np.ndarray,
+    number: int,
+) -> Trial:
+    r = satisfaction_of(points_NI, rubrics.items)
+    threshold = tuned_threshold([(r[k], talks.truth[k]) for k in split.dev if r[k] is not None])
+    trial = Trial(split, rubrics, points_NI, threshold, {})
+    said = {
+        "spur": predict(points_NI, rubrics.items, threshold),
+        "spur_threshold_0": predict(points_NI, rubrics.items, 0.0),
+        **spur_baselines.predictions(
+            config, asked, talks, trial, embeddings, seed=config.seed + number
+        ),
+    }
+    tested = {name: _only(split.test, labels) for name, labels in said.items()}
+    return dataclasses.replace(trial, predicted=tested)
+
+
+def _predicted(
+    asked: Asking, talks: Talks, indices: Sequence[int], rubrics: Rubrics, name: str
+) -> list[str | None]:
+    """At threshold 0; None elsewhere than at these indices."""
+    scores = _scored(asked, talks, indices, rubrics, name)
+    return predict(points_of(scores, talks.ids, rubrics.items), rubrics.items, 0.0)
 
 
 def _only(indices: Sequence[int], labels: Sequence[str | None]) -> list[str | None]:
@@ -337,43 +403,50 @@ def _only(indices: Sequence[int], labels: Sequence[str | None]) -> list[str | No
     return [label if i in kept else None for i, label in enumerate(labels)]
 
 
-def _with_shuffled_labels(
-    config, asked: Asking, talks: Talks, split: Split, *, seed: int
-) -> list[float]:
-    """Accuracy at threshold 0 of rubrics that were learned from labels of other conversations;
-    nothing where no conversation got a valid answer."""
-    truth = [talks.truth[k] for k in split.train]
-    np.random.default_rng((config.seed, seed)).shuffle(truth)
-    rubrics = learn(config, asked, talks, split.train, truth, f"shuffled_{seed}")
-    test = {talks.ids[k]: talks.turns[k] for k in split.test}
-    scores = score(asked, test, rubrics, keep=f"score_shuffled_{seed}")
-    right = [
-        label == talks.truth[k]
-        for k, label in zip(split.test, predict(scores, list(test), 0.0), strict=True)
-        if label is not None
-    ]
-    return [float(np.mean(right))] if right else []
+def _shuffled_parts(config, talks: Talks, splits: Sequence[Split]) -> dict[str, Part]:
+    """Training parts with the labels of other conversations of theirs, in turn of each split."""
+    parts = {}
+    for i in range(config.control.shuffles):
+        train = splits[i % len(splits)].train
+        labels = [talks.truth[k] for k in train]
+        np.random.default_rng((config.seed, i)).shuffle(labels)
+        parts[f"shuffled_{i}"] = Part(train, labels)
+    return parts
+
+
+def _inside(config, talks: Talks) -> dict[str, set[int]]:
+    """Conversations of each group of domains."""
+    return {
+        name: {i for i, meta in enumerate(talks.meta) if str(meta.get(config.data.domain)) in own}
+        for name, own in domain_groups(config, talks).items()
+    }
+
+
+def _domain_parts(config, talks: Talks, splits: Sequence[Split]) -> dict[str, Part]:
+    """The first split's training part, by groups of domains."""
+    parts = {}
+    for name, members in _inside(config, talks).items():
+        train = [i for i in splits[0].train if i in members]
+        parts[f"{name}_domains"] = Part(train, [talks.truth[i] for i in train])
+    if any(part.labels.count(x) < LEAST for part in parts.values() for x in (SAT, DSAT)):
+        return {}
+    return parts
 
 
 def _transferred(
-    config, asked: Asking, talks: Talks, split: Split
+    config,
+    asked: Asking,
+    talks: Talks,
+    split: Split,
+    learned: Mapping[str, Rubrics | NoAnswer],
 ) -> dict[tuple[str, str], Sequence[str | None]]:
     """Rubrics of one group of domains, on conversations of the same and of the other group."""
-    groups = domain_groups(config, talks)
-    inside = {
-        name: {i for i, meta in enumerate(talks.meta) if str(meta.get(config.data.domain)) in own}
-        for name, own in groups.items()
-    }
-    found = {}
+    found, inside = {}, _inside(config, talks)
     for name in inside:
-        train = [i for i in split.train if i in inside[name]]
-        if any(sum(talks.truth[i] == x for i in train) < LEAST for x in (SAT, DSAT)):
-            return {}
-        truth = [talks.truth[i] for i in train]
-        rubrics = learn(config, asked, talks, train, truth, f"{name}_domains")
-        test = {talks.ids[i]: talks.turns[i] for i in split.test}
-        scores = score(asked, test, rubrics, keep=f"score_{name}_domains")
-        labels = predict(scores, talks.ids, 0.0)
+        rubrics = learned.get(f"{name}_domains")
+        if not isinstance(rubrics, Rubrics):
+            continue
+        labels = _predicted(asked, talks, split.test, rubrics, f"{name}_domains")
         for other, members in inside.items():
             found[name, other] = _only([i for i in split.test if i in members], labels)
     return found

@@ -1,4 +1,5 @@
-"""What a rubric's items are worth: each against the labels, and as small classifiers."""
+"""What a rubric's scores come to, and what its items are worth: each against the labels, and as
+small classifiers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,42 @@ import numpy as np
 
 from jaxconv.evals.statistics import Estimate
 from jaxconv.models.classifier import Classifier
-from jaxconv.recipes.spur_tasks import SAT, ItemScores, NumberedItem
+from jaxconv.recipes.spur_tasks import DSAT, SAT, ItemScores, NumberedItem
 from jaxconv.train.classifiers import fit_classifier
 
 _LEAST = 5  # conversations that show an item, in each half, for it to be distilled
 _RESAMPLES = 500
+
+
+def points_of(
+    scores: Mapping[str, ItemScores], ids: Sequence[str], items: Sequence[NumberedItem]
+) -> np.ndarray:
+    """int8 [ids, items], from 0 to 10; -1 in the row of a conversation without scores."""
+    out_NI = np.full((len(ids), len(items)), -1, np.int8)
+    place = {item.id: i for i, item in enumerate(items)}
+    for row, id in enumerate(ids):
+        for item in scores[id].items if id in scores else ():
+            out_NI[row, place[item.id]] = item.score
+    return out_NI
+
+
+def satisfaction_of(points_NI: np.ndarray, items: Sequence[NumberedItem]) -> list[int | None]:
+    """R of each conversation; None without scores."""
+    signs = np.array([1 if item.id.startswith("S") else -1 for item in items])
+    known = (points_NI >= 0).all(axis=1)
+    return [int(r) if k else None for r, k in zip(points_NI @ signs, known, strict=True)]
+
+
+def balanced_accuracy(said: Sequence[str | None], truth: Sequence[str]) -> float | None:
+    """Mean of the shares of SAT and of DSAT that are said to be so: 0.5 is what guessing gets,
+    however uneven the labels are. None where one of both has no prediction."""
+    shares = []
+    for label in (SAT, DSAT):
+        own = [a == label for a, b in zip(said, truth, strict=True) if b == label and a is not None]
+        if not own:
+            return None
+        shares.append(np.mean(own))
+    return float(np.mean(shares))
 
 
 @dataclass(frozen=True)
@@ -84,22 +116,21 @@ class Distilled:
 
 
 def distil(
-    scores: Mapping[str, ItemScores],
-    ids: Sequence[str],
-    items: Sequence[NumberedItem],
-    embeddings: np.ndarray,
-    *,
-    seed: int,
+    points_NI: np.ndarray, items: Sequence[NumberedItem], embeddings: np.ndarray, *, seed: int
 ) -> Distilled:
-    """One logistic regression for each item, on embeddings."""
-    known = [i for i, id in enumerate(ids) if id in scores]
-    shown_NI = np.array(
-        [
-            [next(x.present for x in scores[ids[i]].items if x.id == item.id) for item in items]
-            for i in known
-        ],
-        bool,
-    ).reshape(len(known), len(items))
+    """One logistic regression for each item, on embeddings.
+
+    Args:
+        points_NI: as `points_of` gives them.
+        items: of the rubrics, in their order.
+        embeddings: float32 [N, D].
+        seed: of the halves.
+
+    Raises:
+        Failed: a logistic regression does not converge.
+    """
+    known = np.flatnonzero((points_NI >= 0).all(axis=1))
+    shown_NI = points_NI[known] > 0
     half = np.random.default_rng(seed).permutation(len(known)) % 2 == 0
     counts = np.minimum(shown_NI[half].sum(0), shown_NI[~half].sum(0))
     kept = [k for k in range(len(items)) if counts[k] >= _LEAST]

@@ -1,14 +1,14 @@
 """What SPUR is compared with, in the same splits."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_features import by_known_words, by_nearest_example, hand_features
-from jaxconv.recipes.spur_talks import Talks
+from jaxconv.recipes.spur_talks import Split, Talks
 from jaxconv.recipes.spur_tasks import (
     CLASSIFICATION,
     DSAT,
@@ -16,8 +16,6 @@ from jaxconv.recipes.spur_tasks import (
     SAT,
     ClassificationInput,
     Example,
-    ItemScores,
-    NumberedItem,
 )
 
 if TYPE_CHECKING:
@@ -28,53 +26,48 @@ ASKED = (ZERO_SHOT, FEW_SHOT)
 """Those that a model answers where one is asked."""
 
 
-_INVERSE_PENALTY, _STEPS = 1.0, 2000  # of logistic regressions
+_INVERSE_PENALTIES, _STEPS = (0.1, 1.0, 10.0, 100.0), 5000  # of logistic regressions
 
 
 def predictions(
     config, asked: Asking, talks: Talks, trial: "Trial", embeddings: np.ndarray, *, seed: int
 ) -> dict[str, list[str | None]]:
     """By method, a label for each conversation; None where there is no valid answer."""
-    train, truth = trial.split.train, np.array(talks.truth)
+    train, labels = trial.split.train, [talks.truth[i] for i in trial.split.train]
     hand_NF = np.stack([hand_features(turns) for turns in talks.turns])
     hand_NF = (hand_NF - hand_NF[train].mean(0)) / (hand_NF[train].std(0) + 1e-9)
-    rubric_NI = item_scores(trial.scores, talks.ids, trial.rubrics.items) / MAX_SCORE
-    known = ~np.isnan(rubric_NI).any(axis=1)
-    rubric_NI = np.nan_to_num(rubric_NI)
-    fitted = [i for i in train if known[i]]
-
-    def logistic(x_NF: np.ndarray, own: Sequence[int]) -> list[str]:
-        from sklearn.linear_model import LogisticRegression
-
-        model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_STEPS)
-        return model.fit(x_NF[own], truth[own]).predict(x_NF).tolist()
-
-    labels = [talks.truth[i] for i in train]
+    everybody = np.ones(len(talks), bool)
+    scored = (trial.points >= 0).all(axis=1)
+    rubric_NI = np.maximum(trial.points, 0) / MAX_SCORE
     with_rubric = np.concatenate([embeddings, rubric_NI], axis=1)
-    found: dict[str, list[str | None]] = {
+    return {
         "majority": [max((SAT, DSAT), key=labels.count)] * len(talks),
-        "hand_features": logistic(hand_NF, train),
-        "embedding": logistic(embeddings, train),
+        "hand_features": _logistic(hand_NF, talks.truth, trial.split, everybody),
+        "embedding": _logistic(embeddings, talks.truth, trial.split, everybody),
+        "rubric_scores": _logistic(rubric_NI, talks.truth, trial.split, scored),
+        "embedding_and_rubric": _logistic(with_rubric, talks.truth, trial.split, scored),
+        **_asked(config, asked, talks, trial, seed),
     }
-    for name, x_NF in (
-        ("rubric_scores", rubric_NI),
-        ("embedding_and_rubric", with_rubric),
-    ):
-        said = logistic(x_NF, fitted) if len(set(truth[fitted])) > 1 else [None] * len(talks)
-        found[name] = [label if known[i] else None for i, label in enumerate(said)]
-    return found | _asked(config, asked, talks, trial, seed)
 
 
-def item_scores(
-    scores: Mapping[str, ItemScores], ids: Sequence[str], items: Sequence[NumberedItem]
-) -> np.ndarray:
-    """float64 [ids, items], from 0 to 10; NaN in the row of a conversation without scores."""
-    out = np.full((len(ids), len(items)), np.nan)
-    place = {item.id: i for i, item in enumerate(items)}
-    for row, id in enumerate(ids):
-        for item in scores[id].items if id in scores else ():
-            out[row, place[item.id]] = item.score
-    return out
+def _logistic(
+    x_NF: np.ndarray, labels: Sequence[str], split: Split, known_N: np.ndarray
+) -> list[str | None]:
+    """What logistic regression says of what is known, with the penalty that is best on the dev
+    part; None of everything where the training part has one label."""
+    from sklearn.linear_model import LogisticRegression
+
+    truth = np.array(labels)
+    train, dev = ([i for i in part if known_N[i]] for part in (split.train, split.dev))
+    if len(set(truth[train])) < 2:
+        return [None] * len(truth)
+    models = [
+        LogisticRegression(C=c, max_iter=_STEPS).fit(x_NF[train], truth[train])
+        for c in _INVERSE_PENALTIES
+    ]
+    best = max(models, key=lambda model: model.score(x_NF[dev], truth[dev]) if dev else 0.0)
+    said = best.predict(x_NF).tolist()
+    return [label if known else None for label, known in zip(said, known_N, strict=True)]
 
 
 def _asked(

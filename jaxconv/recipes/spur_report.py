@@ -1,26 +1,29 @@
 """What SPUR's study comes to: numbers with intervals, tables, and files that say why."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxconv.data.synthetic import satisfaction
+from jaxconv.errors import Failed
 from jaxconv.evals.classification import weighted_scores
 from jaxconv.evals.report import Report, escape, table
-from jaxconv.evals.statistics import Estimate, mean_of_few, proportion
+from jaxconv.evals.statistics import Estimate, bootstrap_mean, mean_of_few, proportion
 from jaxconv.models.text_classifier import TextClassifier, save_text_classifier
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_analysis import (
     Distilled,
     ItemTest,
+    balanced_accuracy,
     distil,
     item_tests,
     satisfied_of,
 )
 from jaxconv.recipes.spur_baselines import ASKED
-from jaxconv.recipes.spur_talks import Talks, domain_groups
+from jaxconv.recipes.spur_talks import LEAST, Talks, domain_groups
+from jaxconv.recipes.spur_tasks import ItemScore, ItemScores
 from jaxconv.train import atomic
 from jaxconv.train.workdir import Workdir
 
@@ -40,9 +43,7 @@ def report_of(config, asked: Asking, talks: Talks, study: "Study", workdir: Work
     _transfer(report, config, talks, study)
     trial = study.trials[0]
     tests = _tests(talks, trial)
-    distilled = distil(
-        trial.scores, talks.ids, trial.rubrics.items, study.embeddings, seed=config.seed
-    )
+    distilled = _distilled(report, trial, study, seed=config.seed)
     if distilled.mean_auc is not None:
         report.results["distilled/auc"] = distilled.mean_auc
     if distilled.classifier is not None:
@@ -51,8 +52,8 @@ def report_of(config, asked: Asking, talks: Talks, study: "Study", workdir: Work
         report.artifacts["item_classifier"] = "artifacts/item_classifier"
     _items(report, trial, tests, distilled)
     _rubrics_file(report, talks, study, tests, distilled, workdir)
-    _scores_file(report, talks, trial, workdir)
-    _why(report, talks, trial)
+    _scores_file(report, talks, trial, study.scores, workdir)
+    _why(report, talks, trial, study.scores)
     _notes(report, config, asked, talks, study)
     return report
 
@@ -69,20 +70,43 @@ def _methods(report: Report, config, asked: Asking, talks: Talks, study: "Study"
         into = report.results if name in _OURS else report.baselines
         for metric in ("f1", "accuracy"):
             into[f"{metric}/{name}"] = getattr(found, metric)
+        if name == "spur_threshold_0":
+            into[f"balanced_accuracy/{name}"] = found.balanced
         who = asked.who if name in (*ASKED, *_OURS) else "no model"
-        rows.append([name, who, *(_cell(getattr(found, m)) for m in ("precision", "recall", "f1"))])
+        cells = (_cell(getattr(found, m)) for m in ("precision", "recall", "f1", "accuracy"))
+        rows.append([name, who, *cells, f"{found.f1.n:,}"])
     report.sections["Methods"] = (
         f"Weighted scores, means over {len(study.trials)} splits; intervals over conversations.\n\n"
-        + table(["method", "answers of", "precision", "recall", "F1"], rows)
+        + table(
+            ["method", "answers of", "precision", "recall", "F1", "accuracy", "conversations"], rows
+        )
     )
-    tested = {i for trial in study.trials for i in trial.split.test}
-    scored = sum(all(talks.ids[i] in t.scores for t in study.trials) for i in tested)
+    tested = sorted({i for trial in study.trials for i in trial.split.test})
+    known_SN = np.stack([(trial.points >= 0).all(axis=1) for trial in study.trials])
+    scored = int(known_SN.all(axis=0)[tested].sum())
     report.results["scored"] = proportion(scored, len(tested))
-    if len(study.shuffled) > 1:
-        report.baselines["accuracy/shuffled_labels"] = mean_of_few(study.shuffled, unit="rate")
+    control = _by_chance(talks, study, seed=config.seed)
+    if control is not None:
+        report.baselines["balanced_accuracy/shuffled_labels"] = control
     if not config.data.path:
         ceiling = satisfaction.ceiling(config.data.noise)
         report.baselines["accuracy/ceiling"] = Estimate(ceiling, None, len(talks), "rate")
+
+
+def _by_chance(talks: Talks, study: "Study", *, seed: int) -> Estimate | None:
+    """Balanced accuracy with shuffled labels. The interval is as wide as that over repetitions and
+    that over conversations together: repetitions differ in what they learned, and share whom they
+    are tested on."""
+    values = [balanced_accuracy(labels, talks.truth) for labels in study.shuffled]
+    kept = [(v, own) for v, own in zip(values, study.shuffled, strict=True) if v is not None]
+    if len(kept) < 2:
+        return None
+    repeated = mean_of_few([value for value, _ in kept], unit="rate")
+    drawn = weighted_scores([labels for _, labels in kept], talks.truth, seed=seed).balanced
+    half = np.hypot(*(np.diff(one.ci95)[0] / 2 for one in (repeated, drawn)))
+    return Estimate(
+        repeated.value, (repeated.value - half, repeated.value + half), len(kept), "rate"
+    )
 
 
 def _languages(report: Report, config, talks: Talks, study: "Study") -> None:
@@ -111,25 +135,48 @@ def _transfer(report: Report, config, talks: Talks, study: "Study") -> None:
         found = weighted_scores([labels], talks.truth, seed=config.seed)
         report.results[f"f1/transfer/{learned}_to_{tested}"] = found.f1
         rows.append([learned, tested, _cell(found.f1), _cell(found.accuracy), str(found.f1.n)])
-    if rows:
-        groups = domain_groups(config, talks)
-        said = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in groups.items())
-        report.sections["Rubrics in other domains"] = (
-            f"Domains in two groups ({escape(said)}), threshold 0, the first split.\n\n"
-            + table(["learned on", "tested on", "F1", "accuracy", "conversations"], rows)
+    if not rows:
+        return
+    lost = []
+    for name in {tested for _, tested in study.transfer}:
+        rubrics = {learned: labels for (learned, t), labels in study.transfer.items() if t == name}
+        own = rubrics.pop(name, [None] * len(talks))
+        for other in rubrics.values():
+            lost += [
+                (a == truth) - float(b == truth)
+                for a, b, truth in zip(own, other, talks.truth, strict=True)
+                if a is not None and b is not None
+            ]
+    if len(lost) > 1:
+        report.results["transfer/accuracy_lost"] = bootstrap_mean(
+            lost, seed=config.seed, unit="rate"
         )
+    groups = domain_groups(config, talks)
+    said = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in groups.items())
+    report.sections["Rubrics in other domains"] = (
+        f"Domains in two groups ({escape(said)}), threshold 0, the first split; "
+        "transfer/accuracy_lost is what a rubric of the other group is less often right about the "
+        "same conversations than one of their own.\n\n"
+        + table(["learned on", "tested on", "F1", "accuracy", "conversations"], rows)
+    )
 
 
 def _tests(talks: Talks, trial: "Trial") -> list[ItemTest]:
-    test = [i for i in trial.split.test if talks.ids[i] in trial.scores]
-    shown_NI = np.array(
-        [[item.present for item in _in_order(trial, talks.ids[i])] for i in test], bool
-    ).reshape(len(test), len(trial.rubrics.items))
-    return item_tests(shown_NI, satisfied_of([talks.truth[i] for i in test]))
+    known_N = (trial.points >= 0).all(axis=1)
+    test = [i for i in trial.split.test if known_N[i]]
+    return item_tests(trial.points[test] > 0, satisfied_of([talks.truth[i] for i in test]))
 
 
-def _in_order(trial: "Trial", id: str):
-    own = {item.id: item for item in trial.scores[id].items}
+def _distilled(report: Report, trial: "Trial", study: "Study", *, seed: int) -> Distilled:
+    try:
+        return distil(trial.points, trial.rubrics.items, study.embeddings, seed=seed)
+    except Failed as failed:  # beside the point, and the rest is paid for
+        report.notes.append(f"No item_classifier: {failed}.")
+        return Distilled(None, {}, None)
+
+
+def _in_order(trial: "Trial", scores: ItemScores) -> list[ItemScore]:
+    own = {item.id: item for item in scores.items}
     return [own[item.id] for item in trial.rubrics.items]
 
 
@@ -183,21 +230,27 @@ def _rubrics_file(
     report.artifacts["rubrics"] = "artifacts/rubrics.json"
 
 
-def _scores_file(report: Report, talks: Talks, trial: "Trial", workdir: Workdir) -> None:
+def _scores_file(
+    report: Report,
+    talks: Talks,
+    trial: "Trial",
+    scores: Mapping[str, ItemScores],
+    workdir: Workdir,
+) -> None:
     """The breakdown of every conversation of the first split, a line each."""
     names = {item.id: item.name for item in trial.rubrics.items}
     part = {i: name for name in ("train", "dev", "test") for i in getattr(trial.split, name)}
     lines = []
     for i, id in sorted(enumerate(talks.ids), key=lambda pair: pair[1]):
         row = {"id": id, "part": part[i], "label": talks.truth[i]}
-        if id in trial.scores:
-            r = trial.scores[id].satisfaction
+        if id in scores:
+            r = scores[id].satisfaction
             row |= {
                 "satisfaction": r,
                 "predicted": "sat" if r > trial.threshold else "dsat",
                 "items": [
                     {"id": x.id, "name": names[x.id], "quote": x.quote, "score": x.score}
-                    for x in _in_order(trial, id)
+                    for x in _in_order(trial, scores[id])
                     if x.present
                 ],
             }
@@ -206,19 +259,19 @@ def _scores_file(report: Report, talks: Talks, trial: "Trial", workdir: Workdir)
     report.artifacts["scores"] = "artifacts/scores.jsonl"
 
 
-def _why(report: Report, talks: Talks, trial: "Trial") -> None:
+def _why(report: Report, talks: Talks, trial: "Trial", scores: Mapping[str, ItemScores]) -> None:
     """A few conversations of the test part with what was heard in them."""
-    ids = [talks.ids[i] for i in trial.split.test if talks.ids[i] in trial.scores]
-    telling = sorted(ids, key=lambda id: (-sum(x.present for x in trial.scores[id].items), id))
+    ids = [talks.ids[i] for i in trial.split.test if talks.ids[i] in scores]
+    telling = sorted(ids, key=lambda id: (-sum(x.present for x in scores[id].items), id))
     names = {item.id: item.name for item in trial.rubrics.items}
     truth = dict(zip(talks.ids, talks.truth, strict=True))
     turns = dict(zip(talks.ids, talks.turns, strict=True))
     parts = []
     for id in telling[:_SHOWN]:
-        found = trial.scores[id]
+        found = scores[id]
         rows = [
             [x.id, names[x.id], x.quote, f"{'+' if x.id.startswith('S') else '-'}{x.score}"]
-            for x in _in_order(trial, id)
+            for x in _in_order(trial, scores[id])
             if x.present
         ]
         said = "\n".join(f"- **{escape(t.role)}**: {escape(t.content)}" for t in turns[id][:12])
@@ -242,10 +295,22 @@ def _notes(report: Report, config, asked: Asking, talks: Talks, study: "Study") 
         )
     report.notes.append(f"Rubrics and scores of {asked.who}; {study.encoder.about}.")
     report.notes += study.notes
-    if len(study.shuffled) > 1:
+    if "balanced_accuracy/shuffled_labels" in report.baselines:
         report.notes.append(
-            "With shuffled labels rubrics are learned from labels of other conversations: their "
-            "interval is over splits and must cover what guessing gets."
+            f"Shuffled labels: {len(study.shuffled)} times rubrics are learned from labels of "
+            "others; the interval of balanced_accuracy/shuffled_labels is over these and over "
+            "conversations, and must cover 0.5, what guessing gets. Compare "
+            "balanced_accuracy/spur_threshold_0."
+        )
+    elif config.control.shuffles:
+        report.notes.append(
+            f"No control with shuffled labels: {len(study.shuffled)} of {config.control.shuffles} "
+            "repetitions came to a result, and an interval needs 2 with both labels."
+        )
+    if not study.transfer and config.data.domain:
+        report.notes.append(
+            f"No transfer between domains: config.data.domain={config.data.domain!r} gives no two "
+            f"groups with {LEAST} training conversations of each label."
         )
     if report.results["scored"].value < 1:
         report.notes.append(

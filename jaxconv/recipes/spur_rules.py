@@ -38,7 +38,7 @@ REPEATS = "comes back to what was asked before"
 _SENTENCE = re.compile(r"[^.!?…:;\n]+[.!?…:;]*")
 _WORD = re.compile(r"\w+")
 _PRIOR = 0.5  # occurrences of each reaction that the prior weighs, on average
-_REQUEST = 0.5  # so many of its pairs of words stand in openings, then a sentence is a request
+_REQUEST = 0.5  # more of its pairs of words stand in openings, then a sentence is a request
 _RARE = 0.05  # share of openings that a word is in, at most, to say what a request is about
 _ALIKE = 0.6  # so near to an example a sentence shows its item
 _TELLING = 0.5  # z of a pattern, at least
@@ -87,7 +87,7 @@ class Cues:
         for turn in [t for t in turns if t.role == "user"][len(before) :]:
             for sentence in split(turn.content):
                 own = pairs(sentence)
-                if own and sum(p in self._pairs for p in own) >= _REQUEST * len(own):
+                if own and sum(p in self._pairs for p in own) > _REQUEST * len(own):
                     rare = [w for w in words(sentence) if w not in self._frequent]
                     if rare and sum(w in asked for w in rare) > len(rare) / 2:
                         found.append(Reaction(sentence, REPEATS))

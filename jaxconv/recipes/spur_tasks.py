@@ -22,8 +22,15 @@ MAX_ITEMS = 10
 """Of a rubric, so that R lies between -100 and 100."""
 SAT, DSAT = "sat", "dsat"
 
+_WARMER = 0.1  # after each answer that a check refuses
+
 _PROMPTS = Path(__file__).parent / "prompts" / "spur"
 _LABEL_WORDS = re.compile(r"\b(thumbs?[- ](up|down)|rating|label(l?ed)?|ground truth)\b", re.I)
+
+
+def _joined(problems: list[str]) -> str | None:
+    """All that is wrong, so that one answer can mend it."""
+    return "; ".join(problems) or None
 
 
 def is_users(quote: str, turns: list[Turn]) -> bool:
@@ -51,17 +58,25 @@ class Patterns(BaseModel):
 
 
 def _quotes_of_the_user(input: ExtractionInput, found: Patterns) -> str | None:
-    for i, pattern in enumerate(found.patterns):
-        if not is_users(pattern.quote, input.turns):
-            return f"patterns[{i}].quote: {pattern.quote!r} does not stand in a turn of the user's"
-    return None
+    return _joined(
+        [
+            f"patterns[{i}].quote: {pattern.quote!r} does not stand in a turn of the user's"
+            for i, pattern in enumerate(found.patterns)
+            if not is_users(pattern.quote, input.turns)
+        ]
+    )
 
 
 def _label_not_told(input: ExtractionInput, found: Patterns) -> str | None:
-    for i, pattern in enumerate(found.patterns):
-        if told := _LABEL_WORDS.search(pattern.pattern):
-            return f"patterns[{i}].pattern mentions {told[0]!r}; it must be about the conversation"
-    return None
+    """A reason may speak of ratings and labels where the user does."""
+    said = " ".join(turn.content for turn in input.turns if turn.role == "user").casefold()
+    return _joined(
+        [
+            f"patterns[{i}].pattern mentions {told[0]!r}; it must be about the conversation"
+            for i, pattern in enumerate(found.patterns)
+            if (told := _LABEL_WORDS.search(pattern.pattern)) and told[0].casefold() not in said
+        ]
+    )
 
 
 EXTRACTION = Task(
@@ -71,6 +86,7 @@ EXTRACTION = Task(
     prompt=Prompt.load(_PROMPTS / "extract.md"),
     checks=(_quotes_of_the_user, _label_not_told),
     max_tokens=512,
+    temperature_step=_WARMER,
 )
 
 
@@ -117,6 +133,7 @@ SUMMARY = Task(
     prompt=Prompt.load(_PROMPTS / "summarise.md"),
     checks=(_at_most, _different_names),
     max_tokens=3000,
+    temperature_step=_WARMER,
 )
 
 
@@ -164,13 +181,14 @@ def _each_item_once(input: ScoringInput, scores: ItemScores) -> str | None:
 
 
 def _scores_fit(input: ScoringInput, scores: ItemScores) -> str | None:
+    problems = []
     for item in scores.items:
         if item.present != (item.score > 0):
             wanted = "from 1 to 10 where it is shown" if item.present else "0 where it is not"
-            return f"{item.id}: its score is {item.score}; it must be {wanted}"
-        if item.present and not is_users(item.quote, input.turns):
-            return f"{item.id}: {item.quote!r} does not stand in a turn of the user's"
-    return None
+            problems.append(f"{item.id}: its score is {item.score}; it must be {wanted}")
+        elif item.present and not is_users(item.quote, input.turns):
+            problems.append(f"{item.id}: {item.quote!r} does not stand in a turn of the user's")
+    return _joined(problems)
 
 
 SCORING = Task(
@@ -180,6 +198,7 @@ SCORING = Task(
     prompt=Prompt.load(_PROMPTS / "score.md"),
     checks=(_each_item_once, _scores_fit),
     max_tokens=2000,
+    temperature_step=_WARMER,
 )
 
 
@@ -206,4 +225,5 @@ CLASSIFICATION = Task(
     output=Classified,
     prompt=Prompt.load(_PROMPTS / "classify.md"),
     max_tokens=64,
+    temperature_step=_WARMER,
 )

@@ -55,4 +55,8 @@ def test_quotes_stand_in_the_text_however_they_are_spaced():
     text = "I <b>really</b> do\nnot like it & that is all"
     assert is_quoted("do not like", text) and is_quoted("<b>really</b>", text)
     assert is_quoted("&lt;b&gt;really", text) and is_quoted("it &amp; that", text)
+    assert is_quoted("“Really”?".rstrip("?"), "Not really – no") and is_quoted(
+        "it's - no", "It’s – no"
+    )
+    assert not is_quoted('""', text) and not is_quoted("“", text)
     assert not is_quoted("do like", text) and not is_quoted("  ", text)

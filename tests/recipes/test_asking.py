@@ -1,19 +1,20 @@
 """What recipes ask stage by stage: one budget, one journal, failures told, dry runs that go on."""
 
 import collections
+import dataclasses
 import importlib
 
 import pytest
 from pydantic import BaseModel
 
 from jaxconv import recipes
-from jaxconv.errors import Failed, Refused
+from jaxconv.errors import Refused
 from jaxconv.evals.report import Report
 from jaxconv.llm import Journal, Prompt, Settings, Task
 from jaxconv.llm.backends.base import Answer
 from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.prices import FREE
-from jaxconv.recipes.asking import Asking
+from jaxconv.recipes.asking import Asking, NoAnswer, once
 from jaxconv.train.workdir import Workdir
 
 
@@ -83,9 +84,48 @@ def test_stages_share_a_journal_and_the_report_tells_what_failed(workdir):
 def test_a_stage_of_one_question_fails_where_it_has_no_answer(workdir):
     with Journal(workdir.journal) as journal:
         asked = asking(workdir, journal, Model())
-        assert asked.ask_once(TASK, "only", {"n": 3}).n == 13
-        with pytest.raises(Failed, match="task double, only: wrong_schema"):
-            asked.ask_once(TASK, "only", {"n": 13})
+        found = asked.in_step({"a": once(TASK, "only", {"n": 3}), "b": once(TASK, "2", {"n": 13})})
+        assert found["a"].n == 13 and isinstance(found["b"], NoAnswer)
+        assert str(found["b"]).startswith("task double, b, 2: wrong_schema")
+
+
+def count_down(start, steps, task=TASK):
+    """Says how far it came, and takes what it is told."""
+    n = start
+    for step in range(steps):
+        n = (yield from once(task, f"step {step}", {"n": n})).n
+    return n
+
+
+def test_chains_ask_together_what_they_ask_next(workdir):
+    with Journal(workdir.journal) as journal:
+        asked = asking(workdir, journal, Model())
+        found = asked.in_step(
+            {"long": count_down(0, 3), "short": count_down(100, 1), "stuck": count_down(3, 2)}
+        )
+        # 3 becomes 13, to which there is no answer; the others go on.
+        assert (found["long"], found["short"]) == (30, 110)
+        assert isinstance(found["stuck"], NoAnswer)
+        assert [plan.rows for plan in asked.plans] == [3, 2, 1]
+        assert list(found) == ["long", "short", "stuck"]
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_chains_with_rules_of_their_own_get_their_own_answers(workdir, dry):
+    tripled = dataclasses.replace(TASK, rules=lambda input: Number(n=3 * input.n))
+    with Journal(workdir.journal) as journal:
+        asked = asking(None if dry else workdir, journal, Model() if dry else Rules())
+        found = asked.in_step({"a": count_down(1, 3), "b": count_down(1, 3, tripled)})
+    assert found == {"a": 8, "b": 27}
+
+
+def test_a_chain_may_go_on_without_some_of_its_answers(workdir):
+    def votes():
+        results = yield TASK, {"one": {"n": 1}, "two": {"n": 13}}
+        return [result.value and result.value.n for result in results.values()]
+
+    with Journal(workdir.journal) as journal:
+        assert asking(workdir, journal, Model()).in_step({"x": votes()}) == {"x": [11, None]}
 
 
 def test_a_later_stage_is_refused_where_the_budget_is_spent(workdir):

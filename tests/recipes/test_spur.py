@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxconv import launch
@@ -70,8 +71,10 @@ def test_it_is_above_every_baseline_and_below_the_ceiling(embedded):
     accuracy = found["results"]["accuracy/spur"]
     assert accuracy["ci95"][1] < baselines["accuracy/ceiling"]["value"]
     assert baselines["accuracy/ceiling"]["value"] == pytest.approx(satisfaction.ceiling(0.15))
-    shuffled = baselines["accuracy/shuffled_labels"]
+    shuffled = baselines["balanced_accuracy/shuffled_labels"]
     assert shuffled["ci95"][0] <= 0.5 <= shuffled["ci95"][1] and shuffled["n"] == 5
+    assert found["results"]["balanced_accuracy/spur_threshold_0"]["ci95"][0] > shuffled["ci95"][1]
+    assert found["results"]["transfer/accuracy_lost"]["value"] > 0.01
     assert found["results"]["distilled/auc"]["ci95"][0] > 0.7
     for kind in ("results", "baselines"):
         for name, number in found[kind].items():
@@ -135,13 +138,13 @@ def test_training_parts_share_nothing_and_no_test_label_is_used():
             for i, label in enumerate(talks.truth)
         ],
     )
-    config.spur.splits, config.control.shuffled = 1, False
+    config.spur.splits, config.control.shuffles = 1, 0
     found = [
         spur.studied(config, Asking(Rules(), None, Settings(), workdir=None), t).trials[0]
         for t in (talks, turned)
     ]
     assert found[0].predicted == found[1].predicted
-    assert found[0].scores == found[1].scores
+    np.testing.assert_array_equal(found[0].points, found[1].points)
 
 
 def test_dialogues_with_ratings(capsys):
@@ -283,8 +286,8 @@ def test_three_kills_leave_the_same_files(tmp_path):
 def test_an_invalid_answer_is_no_class_and_a_changed_prompt_asks_for_what_depends_on_it(
     server, monkeypatch, capsys
 ):
-    url = f"--config.llm.base_url={server(rate=0.01, seed=1, hang=0.2).url}"
-    command = [*SMALL, url, "--config.llm.max_attempts=2", "--config.control.shuffled=False"]
+    url = f"--config.llm.base_url={server(rate=0.01, seed=2, hang=0.2).url}"
+    command = [*SMALL, url, "--config.llm.max_attempts=2", "--config.control.shuffles=0"]
     assert launch.main([*command, "--workdir=run"]) == 3
     found = report()
     unscored = [row for row in scores().values() if "satisfaction" not in row]
@@ -322,7 +325,37 @@ def test_a_minibatch_without_an_answer_ends_the_run_by_name(server, monkeypatch)
         text=True,
     )
     assert done.returncode == 1
-    assert "task spur/summarise, sat, minibatch 0: failed_check: items: there are 0" in done.stderr
+    assert (
+        "split_0: task spur/summarise, split_0, sat, minibatch 0: failed_check: items: there are 0"
+        in done.stderr
+    )
+
+
+def test_users_who_show_nothing_end_the_run_by_name_before_anything_is_scored(capsys):
+    talks = [
+        talk(f"{i}", "Make a list.", "Here it is.", label=("sat", "dsat")[i % 2]) for i in range(40)
+    ]
+    write_jsonl(Path("talks.jsonl"), talks)
+    options = ["--config.data.path=talks.jsonl", "--config.spur.splits=2"]
+    assert launch.main([CONFIG, "--workdir=run", *options, "--config.spur.train=0.3"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "split_0: no reason for 'sat' was found in any training conversation" in told
+    kept = {path.name for path in (Path("run") / "artifacts" / "answers").iterdir()}
+    assert "extract_split_0.jsonl" in kept and not any(name.startswith("score") for name in kept)
+
+
+def test_one_split_has_a_control_too_and_no_domains_are_told():
+    talks = [
+        dataclasses.replace(t, meta={"label": t.meta["label"]})
+        for t in satisfaction.conversations(0, 120)
+    ]
+    write_jsonl(Path("talks.jsonl"), talks)
+    options = ["--config.data.path=talks.jsonl", "--config.spur.train=0.4"]
+    options += ["--config.spur.splits=1", "--config.control.shuffles=3"]
+    assert launch.main([CONFIG, "--workdir=run", *options]) == 0
+    found = report()
+    assert found["baselines"]["balanced_accuracy/shuffled_labels"]["n"] == 3
+    assert any("gives no two groups" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(
@@ -335,6 +368,7 @@ def test_a_minibatch_without_an_answer_ends_the_run_by_name(server, monkeypatch)
         ),
         (["--config.data.noise=0.7"], "config.data.noise=0.7; it may be from 0 to 0.5"),
         (["--config.spur.rubric_items=0"], "config.spur.rubric_items=0; it must be at least 1"),
+        (["--config.control.shuffles=1"], "config.control.shuffles=1; it may be 0, or 2 and more"),
         (["--config.spur.rubric_items=11"], "it may be at most 10, so that R lies between"),
         (["--config.encoder.path=nowhere"], "config.encoder.path: "),
         (["--config.data.examples=50", "--config.spur.train=0.02"], "it must have at least 2"),

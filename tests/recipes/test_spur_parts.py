@@ -12,7 +12,14 @@ from jaxconv.llm.conversations import Turn
 from jaxconv.llm.failures import InvalidAnswer
 from jaxconv.recipes import spur
 from jaxconv.recipes.asking import Asking
-from jaxconv.recipes.spur_analysis import _auc, holm, item_tests
+from jaxconv.recipes.spur_analysis import (
+    _auc,
+    balanced_accuracy,
+    holm,
+    item_tests,
+    points_of,
+    satisfaction_of,
+)
 from jaxconv.recipes.spur_features import FEATURES, hand_features
 from jaxconv.recipes.spur_rules import REPEATS, Cues
 from jaxconv.recipes.spur_tasks import (
@@ -67,8 +74,18 @@ def test_none_is_a_fair_answer_and_a_quote_may_be_as_the_prompt_shows_it():
         parse(EXTRACTION, given, f'{{"patterns": [{four}]}}')
 
 
+def test_a_reason_may_speak_of_ratings_where_the_user_does():
+    talk = turns("The rating of this hotel?", "Four stars.", "That Rating helps.")
+    answer = '{"patterns": [{"pattern": "The user trusts the rating", "quote": "“that rating”"}]}'
+    given = ExtractionInput(turns=talk, satisfied=True)
+    assert len(parse(EXTRACTION, given, answer).patterns) == 1
+
+
 ITEMS = [NumberedItem(id=id, name=id, description="") for id in ("S1", "S2", "D1")]
 SCORED = ScoringInput(turns=TALK, sat=ITEMS[:2], dsat=ITEMS[2:])
+
+
+NO = (False, "", 0)
 
 
 def scored(*items: tuple[str, bool, str, int]) -> str:
@@ -102,6 +119,28 @@ def test_scores_name_every_item_once_with_the_users_words(items, message):
     assert message in str(refused.value)
 
 
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(InvalidAnswer) as refused:
+        parse(SCORING, SCORED, scored(("S1", True, "Here", 2), ("S2", False, "", 4), ("D1", *NO)))
+    assert "S1: 'Here' does not" in str(refused.value) and "S2: its score" in str(refused.value)
+
+
+def test_scores_as_numbers_by_hand():
+    items = [ItemScore(id=i, present=p > 0, quote="", score=p) for i, p in (("D1", 4), ("S1", 9))]
+    scores = {"a": ItemScores(items=[*items, ItemScore(id="S2", present=False, quote="", score=0)])}
+    points = points_of(scores, ["b", "a"], ITEMS)
+    assert points.tolist() == [[-1, -1, -1], [9, 0, 4]]
+    assert satisfaction_of(points, ITEMS) == [None, 5] == [None, scores["a"].satisfaction]
+    assert spur.predict(points, ITEMS, 4.5) == [None, "sat"]
+
+
+def test_balanced_accuracy_is_a_half_for_guessing_however_uneven_the_labels():
+    truth = ["sat"] * 9 + ["dsat"]
+    assert balanced_accuracy(["sat"] * 10, truth) == 0.5
+    assert balanced_accuracy(["sat"] * 3 + ["dsat"] * 6 + [None], truth) is None
+    assert balanced_accuracy(["sat"] * 3 + ["dsat"] * 6 + ["dsat"], truth) == (1 / 3 + 1) / 2
+
+
 @given(st.lists(st.integers(0, 10), min_size=20, max_size=20))
 def test_r_is_the_difference_of_both_sums_and_within_100(points):
     ids = [f"S{i}" for i in range(1, 11)] + [f"D{i}" for i in range(1, 11)]
@@ -129,7 +168,8 @@ def test_minibatches_carry_the_rubric_and_the_last_one_may_be_small(tmp_path):
     patterns = [Pattern(pattern="says so", quote=text) for text in said]
     with Workdir(tmp_path / "run") as workdir, Journal() as journal:
         asked = Asking(Rules(), journal, Settings(), workdir=workdir)
-        items = spur.summarise(asked, patterns, satisfied=True, limit=3, batch=3, cues=cues)
+        options = {"satisfied": True, "limit": 3, "batch": 3, "cues": cues}
+        items = asked.in_step({"sat": spur.summarise(patterns, **options)})["sat"]
     assert [count for count, _ in seen] == [3, 3, 1]
     assert seen[0][1] == [] and all(previous for _, previous in seen[1:])
     assert 1 <= len(items) <= 3

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxconv.data.synthetic.satisfaction import (
     DISSATISFIED,
+    HABITS,
     NOISE,
     SATISFIED,
     ceiling,
@@ -50,6 +51,19 @@ def test_the_ceiling_falls_with_noise_to_chance():
     assert ceiling(0.5) == pytest.approx(0.5)
     assert ceiling(0.0) == pytest.approx(1 - 0.15 / 2)  # who shows nothing is anybody's guess
     assert all(a > b for a, b in itertools.pairwise(ceiling(n) for n in NOISE.values()))
+
+
+def test_users_of_a_domain_have_their_habits_whatever_their_label():
+    for label in ("sat", "dsat"):
+        for domain, habits in HABITS.items():
+            shown = [
+                cause in habits
+                for talk in conversations(0, 4000)
+                if talk.meta["domain"] == domain and talk.meta["label"] == label
+                for cause in talk.meta["causes"]
+            ]
+            # Two of the six causes of each side five times as often, none of them twice.
+            assert 0.6 < sum(shown) / len(shown) < 0.75
 
 
 def test_labels_and_languages_have_their_shares():

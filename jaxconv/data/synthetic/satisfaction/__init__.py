@@ -4,7 +4,8 @@ A user asks something of a domain and intent, in one of three languages, and the
 In what the user says next are *causes*: of a satisfied user mostly those of `SATISFIED`, of a
 dissatisfied one those of `DISSATISFIED`, and with probability `noise` one of the other side. A user
 may also show nothing. So nobody can tell all labels: `ceiling` is the accuracy of who knows every
-cause and the odds by which they were drawn.
+cause and the odds by which they were drawn. Users of a domain show some causes more often, whatever
+their label (`HABITS`): what is learned in one domain lacks words of others.
 
 Words alone do not tell a cause. Requests and answers are full of thanks, praise, mistakes and
 complaints that are somebody else's; users are ironic and deny what a cue says; one cause is that
@@ -16,10 +17,11 @@ Seeds count upwards: `conversations(seed, n)` are those of `seed` to `seed + n -
 
 from jaxconv.data.synthetic.satisfaction.generator import (
     DISSATISFIED,
+    HABITS,
     NOISE,
     SATISFIED,
     ceiling,
     conversations,
 )
 
-__all__ = ["DISSATISFIED", "NOISE", "SATISFIED", "ceiling", "conversations"]
+__all__ = ["DISSATISFIED", "HABITS", "NOISE", "SATISFIED", "ceiling", "conversations"]

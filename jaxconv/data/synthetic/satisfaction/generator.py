@@ -15,6 +15,20 @@ CAUSES = (*SATISFIED, *DISSATISFIED)
 NOISE = {"low": 0.05, "middle": 0.15, "high": 0.3}
 """How often a cause is one of the other side."""
 
+HABITS = {
+    "code": ("result", "learning", "correction", "repetition"),
+    "health": ("learning", "follow_up", "confusion", "repetition"),
+    "travel": ("result", "follow_up", "correction", "confusion"),
+    "cooking": ("praise", "gratitude", "complaint", "giving_up"),
+    "money": ("acceptance", "gratitude", "off_topic", "complaint"),
+    "writing": ("praise", "acceptance", "off_topic", "giving_up"),
+}
+"""Causes that users of a domain show more often than others, so that a rubric of some domains lacks
+what others need."""
+
+_HABIT = 5
+"""How much more often."""
+
 _SHOWN = {0: 0.15, 1: 0.4, 2: 0.3, 3: 0.15}
 """How many causes a conversation has, and how often."""
 
@@ -64,13 +78,14 @@ def conversations(
     return [_conversation(seed + i, noise, held_out, stray) for i in range(n)]
 
 
-def draw(rng: random.Random, noise: float) -> Drawn:
+def draw(rng: random.Random, noise: float, domain: str) -> Drawn:
     satisfied = rng.random() < 0.5
     causes: list[str] = []
     for _ in range(rng.choices(tuple(_SHOWN), tuple(_SHOWN.values()))[0]):
         own = satisfied == (rng.random() >= noise)
         left = [cause for cause in (SATISFIED if own else DISSATISFIED) if cause not in causes]
-        causes.append(rng.choice(left))
+        often = [_HABIT if cause in HABITS[domain] else 1 for cause in left]
+        causes += rng.choices(left, often)
     return Drawn(satisfied, tuple(causes))
 
 
@@ -92,10 +107,10 @@ def ceiling(noise: float) -> float:
 
 def _conversation(seed: int, noise: float, held_out: bool, stray: float) -> Conversation:
     rng = random.Random(f"satisfaction {seed}")
-    drawn = draw(rng, noise)
     code = rng.choices(tuple(LANGUAGES), [language.share for language in LANGUAGES.values()])[0]
     language = LANGUAGES[code]
     domain = rng.choice(tuple(language.topics))
+    drawn = draw(rng, noise, domain)
     intent = rng.choice(tuple(language.requests))
     topic = rng.choice(language.topics[domain])
     messages = _exchange(rng, language, intent, topic, "")
