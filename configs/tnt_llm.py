@@ -38,7 +38,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
     config.taxonomy = ConfigDict()
     config.taxonomy.use_case = "Find out what users want from the assistant."
-    config.taxonomy.documents = 0  # that tables are made from; 0 is all that are not tested on
+    config.taxonomy.documents = 10_000  # that tables are made from; 0 is all that are not tested on
     config.taxonomy.summarise = True  # False for short texts, which stand for themselves
     config.taxonomy.summary_words = 20
     config.taxonomy.batch = 200  # summaries of a minibatch
@@ -54,7 +54,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.select = ConfigDict()
     config.select.every = 2  # updates between comparisons
     config.select.documents = 100  # kept apart to compare tables with
-    config.select.repeats = 4  # answers, each with the tables in another order
+    config.select.orders = 4  # of the tables, each an answer; two tables have two orders
     config.select.patience = 3  # comparisons without a better table, then a chain ends
 
     config.classifier = ConfigDict()

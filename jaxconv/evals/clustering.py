@@ -93,7 +93,7 @@ def _ari(counts: np.ndarray, a: np.ndarray, b: np.ndarray, n: float) -> float:
         return float((x * (x - 1.0)).sum() / 2)
 
     together, first, second, all_pairs = pairs(counts), pairs(a), pairs(b), n * (n - 1) / 2
-    chance = first * second / all_pairs
+    chance = first * second / max(all_pairs, 1.0)
     most = (first + second) / 2
     return (together - chance) / (most - chance) if abs(most - chance) > 1e-12 else 1.0
 

@@ -40,7 +40,8 @@ class Tried:
 class Light:
     """Attributes:
     primary: of the primary label; None where fewer than two labels have enough documents.
-    applicable: of all labels that apply; None where none has enough documents.
+    applicable: of all labels that apply; None where none has enough documents, or where `failed`
+        says why.
     tried: each that was fitted, with its loss on a part that it was not fitted on.
     left_out: names of labels with too few documents to be learned.
     """
@@ -49,6 +50,7 @@ class Light:
     applicable: Classifier | None
     tried: Sequence[Tried]
     left_out: Sequence[str]
+    failed: str = ""
 
 
 def trained(config, talks: Documents, mined: "Mined") -> Light:
@@ -77,7 +79,10 @@ def trained(config, talks: Documents, mined: "Mined") -> Light:
         for _, found in rows
     ]
     penalty = float(best.setting) if best.method == "logistic" else _PENALTY
-    many = fit_classifier(x_ND, several, seed=config.seed, inverse_penalty=penalty)
+    try:
+        many = fit_classifier(x_ND, several, seed=config.seed, inverse_penalty=penalty)
+    except Failed as failed:  # what was labelled is paid for
+        return Light(best.fitted.classifier, None, tried, left_out, str(failed))
     return Light(best.fitted.classifier, many.classifier, tried, left_out)
 
 

@@ -20,6 +20,7 @@ from jaxconv.train import checks
 
 CSV = "csv"
 FORMAT_NAMES = ("auto", CSV, *FORMATS)
+_LONGEST = 1 << 30  # characters of a field
 _LEAST = 5  # documents to learn from, and to test on
 
 
@@ -124,18 +125,27 @@ def _read(
 def _table(
     config, field: str, path: Path
 ) -> Iterator[tuple[str, Sequence[Turn], Mapping[str, Any]]]:
-    """Rows of a CSV file with a header: a text each, and the other columns as meta."""
+    """Rows of a CSV file with a header: a text each, and the other columns as meta. Ids of rows to
+    test on begin with "test/", as both files may have one name."""
     if not path.is_file():
         raise Refused(f"config.data.{field}={str(path)!r}: no such file")
     column = config.data.text
+    begin = "test/" if field == "test_path" else ""
+    csv.field_size_limit(_LONGEST)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
-        if column not in (rows.fieldnames or ()):
-            known = ", ".join(rows.fieldnames or ("none",))
+        try:
+            if column not in (rows.fieldnames or ()):
+                known = ", ".join(rows.fieldnames or ("none",))
+                raise Refused(
+                    f"config.data.text={column!r}: {path} has no such column; it may be {known}"
+                )
+            for number, row in enumerate(rows, 1):
+                meta = {name: value for name, value in row.items() if name and name != column}
+                turn = Turn(number=1, role="user", content=row[column] or "")
+                yield f"{begin}{path.name}:{number}", [turn], meta
+        except (UnicodeDecodeError, csv.Error) as error:
             raise Refused(
-                f"config.data.text={column!r}: {path} has no such column; it may be {known}"
-            )
-        for number, row in enumerate(rows, 1):
-            meta = {name: value for name, value in row.items() if name and name != column}
-            turn = Turn(number=1, role="user", content=row[column] or "")
-            yield f"{path.name}:{number}", [turn], meta
+                f"config.data.{field}={str(path)!r}, after line {rows.line_num}: {error}; it must "
+                "be CSV in UTF-8"
+            ) from error

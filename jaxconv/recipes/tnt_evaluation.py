@@ -1,57 +1,33 @@
-"""What a taxonomy and its classifiers are worth: by judgements, by agreement, and against known
-classes, which nothing but this file sees."""
+"""What a taxonomy and its classifiers are worth, by judgements and by agreement."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxconv.evals.agreement import agreement
-from jaxconv.evals.clustering import clustering_agreement, majority_classes
+from jaxconv.evals.clustering import clustering_agreement
 from jaxconv.evals.statistics import Estimate, bootstrap_mean, proportion
 from jaxconv.llm.conversations import Turn
 from jaxconv.recipes import tnt_rules
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.tnt_documents import Documents, gold_keys
+from jaxconv.recipes.tnt_known import Found, against_known, primary_name
 from jaxconv.recipes.tnt_tasks import (
     CHOICE,
     OTHER,
     OTHER_ID,
     RELEVANCE,
-    Assignment,
     ChoiceInput,
     Label,
     NumberedLabel,
     RelevanceInput,
 )
-from jaxconv.train.classifiers import fit_classifier
-from jaxconv.train.clusters import fit_clusters
 
 if TYPE_CHECKING:
     from jaxconv.recipes.tnt_classifiers import Light
     from jaxconv.recipes.tnt_llm import Mined
-
-_LEAST = 2  # documents of a known class that a classifier learns
-
-
-@dataclass
-class Found:
-    """Attributes:
-    results, baselines: as in a report.
-    flips: share of the forced choices that changed with the order; None where none was made.
-    columns: accuracy and kappa by labeller, for a table.
-    languages: rows of a table.
-    classified: what the classifier says of each test document, by id.
-    """
-
-    results: dict[str, Estimate] = field(default_factory=dict)
-    baselines: dict[str, Estimate] = field(default_factory=dict)
-    flips: Estimate | None = None
-    columns: list[list[str]] = field(default_factory=list)
-    languages: list[list[str]] = field(default_factory=list)
-    classified: dict[str, str] = field(default_factory=dict)
 
 
 def evaluated(config, asked: Asking, talks: Documents, mined: "Mined", light: "Light") -> Found:
@@ -71,14 +47,9 @@ def evaluated(config, asked: Asking, talks: Documents, mined: "Mined", light: "L
         _by_classifier(found, config, talks, mined, light)
     gold, finer = gold_keys(config)
     if gold:
-        _against_known(found, config, talks, mined, gold, finer)
+        against_known(found, config, talks, mined, gold, finer)
     _languages(found, config, talks, mined)
     return found
-
-
-def primary_name(assigned: Mapping[str, Assignment], id: str) -> str | None:
-    """None where there is no valid answer."""
-    return assigned[id].primary.name if id in assigned else None
 
 
 # ---------------------------------------------------------------- judgements
@@ -87,7 +58,8 @@ def primary_name(assigned: Mapping[str, Assignment], id: str) -> str | None:
 def _judged(found: Found, config, asked: Asking, talks: Documents, mined: "Mined") -> None:
     """Forced choices between the assigned and a random other label, in both orders, and relevance;
     and both again with a random label in the place of the assigned one."""
-    if len(mined.labels) < 3:
+    if len(mined.labels) < 2:
+        found.notes.append("No label_accuracy and no relevance: there is one label.")
         return
     by_id = {label.id: label for label in mined.labels}
     rng = np.random.default_rng((config.seed, 4))
@@ -97,14 +69,18 @@ def _judged(found: Found, config, asked: Asking, talks: Documents, mined: "Mined
         if mined.assigned.get(talks.ids[i]) and mined.assigned[talks.ids[i]].primary.id in by_id
     ][: config.judge.documents]
     if len(test) < 2:
+        found.notes.append(
+            f"No label_accuracy and no relevance: {len(test)} of the documents to test on have a "
+            "label of the taxonomy, and an interval needs 2."
+        )
         return
     pairs, controls = {}, {}
     for i in test:
         own = by_id[mined.assigned[talks.ids[i]].primary.id]
         others = [label for label in mined.labels if label.id != own.id]
-        one, two = rng.choice(len(others), 2, replace=False)
-        pairs[talks.ids[i]] = talks.turns[i], own, others[one]
-        controls[talks.ids[i]] = talks.turns[i], others[two], others[one]
+        pairs[talks.ids[i]] = talks.turns[i], own, others[rng.integers(len(others))]
+        one, two = rng.choice(len(mined.labels), 2, replace=False)
+        controls[talks.ids[i]] = talks.turns[i], mined.labels[one], mined.labels[two]
     points, found.flips = _chosen(asked, config, pairs)
     _mean(found.results, "label_accuracy", points, config)
     points, _ = _chosen(asked, config, controls)
@@ -185,6 +161,8 @@ def _by_classifier(found: Found, config, talks: Documents, mined: "Mined", light
     found.results["kappa/classifier_assigned"] = same.kappa
     found.results["accuracy/classifier_assigned"] = same.accuracy
     found.baselines["accuracy/majority_assigned"] = same.majority
+    if light.applicable is None:
+        return
     place = {id: i for i, id in enumerate(talks.ids)}
     said = light.applicable.predict(mined.embeddings[[place[id] for id in ids]])
     exact = sum(
@@ -192,129 +170,6 @@ def _by_classifier(found: Found, config, talks: Documents, mined: "Mined", light
         for id, labels in zip(ids, said, strict=True)
     )
     found.results["exact/classifier_assigned"] = proportion(exact, len(ids))
-
-
-# ---------------------------------------------------------------- known classes
-
-
-def _against_known(
-    found: Found, config, talks: Documents, mined: "Mined", gold: str, finer: str
-) -> None:
-    known = talks.known(gold)
-    train = [i for i in talks.train if known[i] is not None]
-    test = [i for i in talks.test if known[i] is not None]
-    names = [primary_name(mined.assigned, id) for id in talks.ids]
-    own = [i for i in train if names[i] is not None]
-    if not own:  # classes are known of test documents alone, or no row was labelled
-        return
-    truth = [known[i] for i in own]
-    _groups(found.results, "", [names[i] for i in own], truth)
-    if finer:
-        _second(found, talks, mined, talks.known(finer))
-    count = min(config.taxonomy.max_labels, len(own))
-    clusters = fit_clusters(mined.embeddings[own], count, seed=config.seed)
-    grouped = [str(k) for k in clusters.assign(mined.embeddings)]
-    _groups(found.baselines, "/kmeans_ctfidf", [grouped[i] for i in own], truth)
-    rng = np.random.default_rng((config.seed, 5))
-    drawn = [mined.labels[k].name for k in rng.integers(0, len(mined.labels), len(own))]
-    _groups(found.baselines, "/random", drawn, truth)
-    if not test or not own:
-        return
-    right = [known[i] for i in test]
-
-    def accuracy(said: Sequence[str | None], groups: Sequence[str]) -> Estimate:
-        """Each label stands for the class that is most frequent in it among what was learned."""
-        meaning = majority_classes(groups, truth)
-        hits = sum(
-            label is not None and meaning.get(label) == r
-            for label, r in zip(said, right, strict=True)
-        )
-        return proportion(hits, len(right))
-
-    assigned = [names[i] for i in own]
-    found.results["assigned_accuracy"] = accuracy([names[i] for i in test], assigned)
-    x_ND = mined.embeddings
-    if found.classified:
-        said = [found.classified[talks.ids[i]] for i in test]
-        found.results["classifier_accuracy"] = accuracy(said, assigned)
-        meaning = majority_classes(assigned, truth)
-        _columns(found, config, [names[i] for i in test], said, right, meaning)
-    by_clusters = _taught(x_ND, own, [grouped[i] for i in own], test, config)
-    if by_clusters is not None:
-        found.baselines["classifier_accuracy/kmeans_ctfidf"] = accuracy(
-            by_clusters, [grouped[i] for i in own]
-        )
-    by_known = _taught(x_ND, own, truth, test, config)
-    if by_known is not None:
-        hits = sum(a == b for a, b in zip(by_known, right, strict=True))
-        found.baselines["classifier_accuracy/gold"] = proportion(hits, len(right))
-    most = max(set(truth), key=lambda name: (truth.count(name), name))
-    found.baselines["classifier_accuracy/majority"] = proportion(right.count(most), len(right))
-
-
-def _groups(
-    into: dict[str, Estimate], suffix: str, groups: Sequence[str], truth: Sequence[str]
-) -> None:
-    if len(groups) > 1:
-        same = clustering_agreement(groups, truth)
-        into |= {f"{x}{suffix}": getattr(same, x) for x in ("nmi", "ari", "purity")}
-
-
-def _second(found: Found, talks: Documents, mined: "Mined", finer: Sequence[str | None]) -> None:
-    """The second level against the finer classes, of documents that have a label of it."""
-    apart = set(talks.test)
-    both = [
-        (f"{mined.assigned[id].primary.name}/{mined.inside[id].primary.name}", finer[i])
-        for i, id in enumerate(talks.ids)
-        if i not in apart and id in mined.inside and finer[i] is not None
-    ]
-    if len(both) > 1:
-        _groups(found.results, "/second_level", *map(list, zip(*both, strict=True)))
-
-
-def _taught(
-    x_ND: np.ndarray, own: Sequence[int], labels: Sequence[str], test: Sequence[int], config
-) -> list[str] | None:
-    """What a classifier of these labels says of test documents."""
-    often = {name for name in set(labels) if labels.count(name) >= _LEAST}
-    if len(often) < 2:
-        return None
-    kept = [(i, label) for i, label in zip(own, labels, strict=True) if label in often]
-    rows, names = map(list, zip(*kept, strict=True))
-    fitted = fit_classifier(x_ND[rows], names, seed=config.seed)
-    return fitted.classifier.predict(x_ND[list(test)])
-
-
-def _columns(
-    found: Found,
-    config,
-    assigned: Sequence[str | None],
-    classified: Sequence[str],
-    human: Sequence[str],
-    meaning: Mapping[str, str],
-) -> None:
-    """Kappa of each two of the labellers on test documents, labels by the class they stand for."""
-    labellers = {
-        "assigned": [None if x is None else meaning.get(x, OTHER) for x in assigned],
-        "classifier": [meaning.get(x, OTHER) for x in classified],
-        "human": list(human),
-    }
-    for one in labellers:
-        row = [one]
-        for two in labellers:
-            pairs = [
-                (a, b)
-                for a, b in zip(labellers[one], labellers[two], strict=True)
-                if a is not None and b is not None
-            ]
-            if one == two or not pairs:
-                row.append("")
-                continue
-            kappa = agreement(*map(list, zip(*pairs, strict=True)), seed=config.seed).kappa
-            row.append(f"{kappa.value:.3f} [{kappa.ci95[0]:.3f}, {kappa.ci95[1]:.3f}]")
-            if one != "human" and two == "human":
-                found.results[f"kappa/{one}_human"] = kappa
-        found.columns.append(row)
 
 
 # ---------------------------------------------------------------- languages

@@ -13,9 +13,8 @@
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +27,15 @@ from jaxconv.models.text_encoder import TextEncoder, load_text_encoder
 from jaxconv.recipes import tnt_classifiers, tnt_evaluation, tnt_report, tnt_rules
 from jaxconv.recipes.asking import Asking, add_quarantine, asking, dry_asking
 from jaxconv.recipes.tnt_documents import FORMAT_NAMES, Documents, documents
+from jaxconv.recipes.tnt_tables import Place, Step, TableMaker
 from jaxconv.recipes.tnt_tasks import (
     ASSIGNMENT,
-    GENERATION,
     OTHER_ID,
-    REVIEW,
-    SELECTION,
     SUMMARY,
-    UPDATE,
     Assignment,
     AssignmentInput,
-    Label,
     NumberedLabel,
-    SelectionInput,
     SummaryInput,
-    TableInput,
     numbered,
 )
 from jaxconv.train import checks
@@ -60,7 +53,7 @@ def check(config) -> None:
     counts = (
         *("taxonomy.summary_words", "taxonomy.batch", "taxonomy.epochs", "taxonomy.chains"),
         *("taxonomy.name_words", "taxonomy.description_words", "taxonomy.explanation_words"),
-        *("select.every", "select.documents", "select.repeats", "select.patience"),
+        *("select.every", "select.documents", "select.orders", "select.patience"),
     )
     checks.at_least(
         config,
@@ -108,35 +101,12 @@ def dry_run(config, path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A table on the way to the taxonomy.
-
-    Attributes:
-        place: "" for the first level, else the label that it is inside of.
-        chain, number: which chain, and which table of it, from 0.
-        kind: "generate", "update" or "review".
-        rating, explanation, edits: of an update or a review, about the table before.
-        labels: the table.
-        chosen: whether it was the best so far when it was compared; None where it was not.
-    """
-
-    place: str
-    chain: int
-    number: int
-    kind: str
-    rating: int | None
-    explanation: str
-    edits: Sequence[str]
-    labels: Sequence[Label]
-    chosen: bool | None = None
-
-
-@dataclass(frozen=True)
 class Mined:
     """Attributes:
     labels: the first level.
     second: labels inside a label, by its id; not there where it has too few documents.
     steps: how they came about.
+    notes: on chains that ended without a table.
     assigned: primary and applicable labels of each document, by its id; a document without a
         valid answer is not there.
     inside: the same of the second level.
@@ -147,6 +117,7 @@ class Mined:
     labels: Sequence[NumberedLabel]
     second: Mapping[int, Sequence[NumberedLabel]]
     steps: Sequence[Step]
+    notes: Sequence[str]
     assigned: Mapping[str, Assignment]
     inside: Mapping[str, Assignment]
     embeddings: np.ndarray
@@ -170,28 +141,39 @@ def mine(config, asked: Asking, talks: Documents) -> Mined:
         {summary: texts[i] for i, summary in summaries.items()},
         seed=config.seed,
     )
-    maker = _Maker(config, asked, rules)
-    first = maker.table(
-        [summaries[i] for i in sample if i in summaries],
-        [summaries[i] for i in apart if i in summaries],
-        most=config.taxonomy.max_labels,
-    )
-    labels = numbered(first)
-    assigned = assign(config, asked, talks, labels, range(len(talks)), rules, keep="assign")
-    second: dict[int, list[NumberedLabel]] = {}
-    inside: dict[str, Assignment] = {}
-    for label in labels if config.taxonomy.second_labels > 1 else ():
-        members = [i for i, id in enumerate(talks.ids) if _primary(assigned, id) == label.id]
-        inside_of = set(members)
-        own = [summaries[i] for i in sample if i in summaries and i in inside_of]
-        held = [summaries[i] for i in apart if i in summaries and i in inside_of]
-        if len(own) < config.taxonomy.second_least:
-            continue
-        table = maker.table(own, held, most=config.taxonomy.second_labels, place=label.name)
-        second[label.id] = numbered(table)
-        kept = f"assign_inside_{label.id}"
-        inside |= assign(config, asked, talks, second[label.id], members, rules, keep=kept)
-    return Mined(labels, second, maker.steps, assigned, inside, embeddings, encoder)
+    maker = TableMaker(config, asked, rules)
+
+    def place(members: Sequence[int], most: int, chains: int) -> Place:
+        inside = set(members)
+        own, held = (
+            [i for i in part if i in summaries and i in inside] for part in (sample, apart)
+        )
+        return Place([summaries[i] for i in own], [summaries[i] for i in held], most, chains)
+
+    t, everything = config.taxonomy, range(len(talks))
+    found = maker.tables({"": place(everything, t.max_labels, t.chains)})
+    if not found:
+        raise Failed(f"no chain came to a table. {' '.join(maker.notes)}")
+    labels = numbered(found[""])
+    assigned = assign(config, asked, talks, labels, everything, rules, keep="assign")
+    members: dict[int, list[int]] = {label.id: [] for label in labels}
+    for i in everything:
+        if (primary := _primary(assigned, talks.ids[i])) != OTHER_ID:
+            members[primary].append(i)
+    places = {}
+    for label in labels if t.second_labels > 1 else ():
+        own = place(members[label.id], t.second_labels, 1)
+        if len(own.summaries) >= t.second_least:
+            places[label.name] = own
+    divided = maker.tables(places)
+    second, inside = {}, {}
+    for label in labels:
+        if label.name in divided:
+            second[label.id] = numbered(divided[label.name])
+            own = members[label.id]
+            kept = f"assign_inside_{label.id}"
+            inside |= assign(config, asked, talks, second[label.id], own, rules, keep=kept)
+    return Mined(labels, second, maker.steps, maker.notes, assigned, inside, embeddings, encoder)
 
 
 def _primary(assigned: Mapping[str, Assignment], id: str) -> int:
@@ -226,119 +208,6 @@ def summarise(config, asked: Asking, talks: Documents, indices: Sequence[int]) -
     }
     results = asked.ask(task, inputs, keep="summarise")
     return {i: r.value.summary for i in indices if (r := results[talks.ids[i]]).ok}
-
-
-# ---------------------------------------------------------------- 2. and 3. tables
-
-
-@dataclass
-class _Maker:
-    """Makes tables, and remembers how."""
-
-    config: object
-    asked: Asking
-    rules: tnt_rules.TopicRules
-    steps: list[Step] = field(default_factory=list)
-
-    def table(
-        self, summaries: Sequence[str], apart: Sequence[str], *, most: int, place: str = ""
-    ) -> list[Label]:
-        """The best of several chains.
-
-        Args:
-            summaries: that tables are made from.
-            apart: that compare tables; where there are none, some of `summaries` do.
-            most: labels.
-            place: the label that this is inside of.
-        """
-        if not summaries:
-            raise Failed("no document has a summary; nothing can be sorted")
-        apart = list(apart) or list(summaries[: self.config.select.documents])
-        chains = 1 if place else self.config.taxonomy.chains
-        found = [self._chain(i, summaries, apart, most, place) for i in range(chains)]
-        return found[self._best(found, apart, f"{place} chains")]
-
-    def _chain(
-        self, chain: int, summaries: Sequence[str], apart: Sequence[str], most: int, place: str
-    ) -> list[Label]:
-        """Generate, update with each minibatch, review; the best table of the way."""
-        select = self.config.select
-        named = f"{place + ', ' if place else ''}chain {chain}"
-        labels = best = None
-        worse = number = 0
-        for number, batch in enumerate(self._minibatches(chain, summaries)):
-            given = self._input(most, documents=batch, labels=labels or [])
-            if labels is None:
-                labels = best = self._ask(GENERATION, self.rules.generate, given, f"{named}").labels
-                self._note(place, chain, number, "generate", None, labels)
-                continue
-            update = self._ask(UPDATE, self.rules.update, given, f"{named}, update {number}")
-            labels, chosen = update.labels, None
-            if number % select.every == 0:
-                picked = self._best([best, labels], apart, f"{named}, after {number}")
-                chosen = picked == 1 or best == labels
-                best, worse = (labels, 0) if chosen else (best, worse + 1)
-            self._note(place, chain, number, "update", update, labels, chosen)
-            if worse >= select.patience:
-                break
-        if labels != best and number % select.every:
-            best = [best, labels][self._best([best, labels], apart, f"{named}, at the end")]
-        given = self._input(most, labels=best)
-        review = self._ask(REVIEW, self.rules.update, given, f"{named}, review")
-        self._note(place, chain, number + 1, "review", review, review.labels)
-        return review.labels
-
-    def _minibatches(self, chain: int, summaries: Sequence[str]) -> list[list[str]]:
-        t = self.config.taxonomy
-        rng = np.random.default_rng((self.config.seed, 2, chain))
-        found = []
-        for _ in range(t.epochs):
-            order = [summaries[i] for i in rng.permutation(len(summaries))]
-            found += [order[i : i + t.batch] for i in range(0, len(order), t.batch)]
-        return found
-
-    def _best(self, candidates: list[list[Label]], apart: Sequence[str], name: str) -> int:
-        """Which of them most answers choose, each in an order of its own; the first of several."""
-        if all(labels == candidates[0] for labels in candidates):
-            return 0
-        rng = np.random.default_rng((self.config.seed, 3, len(apart)))
-        documents = list(apart[: self.config.select.documents])
-        orders, inputs = {}, {}
-        for repeat in range(self.config.select.repeats):
-            order = rng.permutation(len(candidates)).tolist()
-            if repeat % 2 and len(candidates) == 2:
-                order = list(reversed(orders[f"{name}, order {repeat - 1}"]))
-            id = f"{name}, order {repeat}"
-            orders[id] = order
-            inputs[id] = SelectionInput(
-                use_case=self.config.taxonomy.use_case,
-                candidates=[candidates[i] for i in order],
-                documents=documents,
-            )
-        task = dataclasses.replace(SELECTION, rules=self.rules.select)
-        results = self.asked.ask(task, inputs)
-        votes = Counter(orders[id][r.value.best - 1] for id, r in results.items() if r.ok)
-        return max(range(len(candidates)), key=lambda i: (votes[i], -i))
-
-    def _input(self, most: int, **more) -> TableInput:
-        t = self.config.taxonomy
-        return TableInput(
-            use_case=t.use_case,
-            max_labels=most,
-            name_words=t.name_words,
-            description_words=t.description_words,
-            explanation_words=t.explanation_words,
-            **more,
-        )
-
-    def _ask(self, task, rules, given: TableInput, id: str):
-        return self.asked.ask_once(dataclasses.replace(task, rules=rules), id, given)
-
-    def _note(self, place, chain, number, kind, update, labels, chosen=None) -> None:
-        said = (
-            (None, "", ()) if update is None else (update.rating, update.explanation, update.edits)
-        )
-        self.steps.append(Step(place, chain, number, kind, *said, labels, chosen))
 
 
 # ---------------------------------------------------------------- 5. assignment

@@ -17,8 +17,9 @@ from jaxconv.train.workdir import Workdir
 
 if TYPE_CHECKING:
     from jaxconv.recipes.tnt_classifiers import Light
-    from jaxconv.recipes.tnt_evaluation import Found
-    from jaxconv.recipes.tnt_llm import Mined, Step
+    from jaxconv.recipes.tnt_known import Found
+    from jaxconv.recipes.tnt_llm import Mined
+    from jaxconv.recipes.tnt_tables import Step
 
 _EXAMPLES = 5  # of a label
 _LONGEST = 300  # characters of an example
@@ -204,6 +205,7 @@ def _notes(
         f"{len(mined.labels)} labels from {len(talks.train)} documents, {len(talks.test)} to test "
         f"on; browse them in taxonomy.html."
     )
+    report.notes += [*mined.notes, *found.notes]
     if not asked.backend.is_model:
         report.notes.append(
             "label_accuracy and relevance are judged by words in common, which is no judgement of "
@@ -216,6 +218,8 @@ def _notes(
         report.notes.append(
             f"{len(light.left_out)} labels have too few documents for the classifiers: {shown}."
         )
+    if light.failed:
+        report.notes.append(f"No classifier of all labels that apply: {light.failed}.")
     if light.primary is None:
         report.notes.append(
             "No classifier: fewer than two labels have enough documents, or none converged."

@@ -11,13 +11,21 @@ of its labels.
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxconv.llm.conversations import Turn
+from jaxconv.recipes.tnt_mixture import (
+    Mixture,
+    fit_mixture,
+    floor_of,
+    nearest_pair,
+    nearness,
+    smoothed,
+)
 from jaxconv.recipes.tnt_tasks import (
     OTHER,
     OTHER_ID,
@@ -36,15 +44,13 @@ from jaxconv.recipes.tnt_tasks import (
     Table,
     TableInput,
     Update,
+    is_latin,
+    is_vague,
 )
 
-_NEIGHBOURS = 10  # of a text, that its embedding is averaged with
-_ROUNDS = 2
-_AT_ONCE = 20_000_000  # cosines that are in memory together
 _APART = 5  # of so many texts one is kept apart
 _TRIES = 3  # proposals without success, then no more are made
 _ALSO = 0.25  # so probable a label applies beside the primary one
-_FAR = 0.002  # share of the texts that fit no cluster
 _PHRASES = 6  # of a description
 _MOST_PHRASES = 50_000  # that are counted
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -59,69 +65,6 @@ def summarise(input: SummaryInput) -> Summary:
     """The first words of what the user says."""
     words = user_text(input.turns).split() or ["nothing"]
     return Summary(summary=" ".join(words[: input.words]), explanation="what the user says first")
-
-
-def smoothed(vectors_ND: np.ndarray, among: Sequence[int]) -> np.ndarray:
-    """Each embedding averaged with its nearest ones, by their cosines, and of unit length.
-
-    Neighbours mostly belong to the same cluster, and the mean has less of what only one text has.
-
-    Args:
-        vectors_ND: embeddings.
-        among: rows that may be neighbours: those that tables are made from, not those to test on.
-    """
-    out_ND = normalized(vectors_ND)
-    near = min(_NEIGHBOURS, len(among))
-    for _ in range(_ROUNDS):
-        known_MD, parts = out_ND[among], []
-        at_once = max(_AT_ONCE // len(among), 1)
-        for begin in range(0, len(out_ND), at_once):
-            own = out_ND[begin : begin + at_once]
-            cosines = own @ known_MD.T
-            nearest = np.argpartition(-cosines, near - 1, axis=1)[:, :near]
-            weights = np.maximum(np.take_along_axis(cosines, nearest, axis=1), 0.0)
-            parts.append(own + np.einsum("bk,bkd->bd", weights, known_MD[nearest]))
-        out_ND = normalized(np.concatenate(parts))
-    return out_ND
-
-
-def normalized(vectors_ND: np.ndarray) -> np.ndarray:
-    """Of unit length; zeros stay zeros."""
-    norms = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    return (vectors_ND / np.maximum(norms, 1e-12)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Mixture:
-    """Attributes:
-    centers: float32 [K, D].
-    weights: [K], sum to 1.
-    variance: of every number around its center.
-    floor: cosine to the nearest center below which a text is in no cluster.
-    seen: rows that it was fitted to.
-    """
-
-    centers: np.ndarray
-    weights: np.ndarray
-    variance: float
-    floor: float
-    seen: np.ndarray
-
-    def scores(self, x_ND: np.ndarray) -> np.ndarray:
-        """float [N, K], log-density of each cluster but for a constant."""
-        squares = (
-            (x_ND**2).sum(1, keepdims=True)
-            - 2 * x_ND @ self.centers.T
-            + (self.centers**2).sum(1)[None]
-        )
-        scale = self.centers.shape[1] * np.log(self.variance) / 2
-        return np.log(self.weights + 1e-12) - squares / (2 * self.variance) - scale
-
-    def likelihood(self, x_ND: np.ndarray) -> float:
-        """Mean log-density, but for a constant."""
-        scores = self.scores(x_ND)
-        most = scores.max(1, keepdims=True)
-        return float((most[:, 0] + np.log(np.exp(scores - most).sum(1))).mean())
 
 
 @dataclass(frozen=True)
@@ -161,7 +104,7 @@ class TopicRules:
         self._row = {text: i for i, text in enumerate(texts)}
         self._of_summary = {s: self._row[text] for s, text in summaries.items()}
         self._seed = seed
-        self._mixtures: dict[tuple[str, ...], _Mixture] = {}
+        self._mixtures: dict[tuple[str, ...], Mixture] = {}
 
     @functools.cached_property
     def _x(self) -> np.ndarray:
@@ -191,7 +134,7 @@ class TopicRules:
     def generate(self, input: TableInput) -> Table:
         """The mixture whose number of clusters makes what is kept apart most likely."""
         rows = self._rows(input.documents)
-        most = min(input.max_labels, len(rows))
+        most = min(input.max_labels, len(np.unique(self._x[rows], axis=0)))
         tried = sorted({most, *(max(2, round(most * s)) for s in (0.15, 0.3, 0.5, 0.75))})
         fitted = [(self._apart(rows, k), k) for k in tried if k <= most]
         best = max(fitted, key=lambda found: found[0])[1]
@@ -225,13 +168,13 @@ class TopicRules:
         said = ", ".join(f"{value:.4g}" for value in found)
         return Selection(reason=f"log-likelihoods {said}", best=best + 1)
 
-    def _mixture(self, labels: Sequence[Label]) -> _Mixture:
+    def _mixture(self, labels: Sequence[Label]) -> Mixture:
         """That the table stands for."""
         if _key(labels) not in self._mixtures:
             self._mixtures[_key(labels)] = self._by_words(labels)
         return self._mixtures[_key(labels)]
 
-    def _by_words(self, labels: Sequence[Label]) -> _Mixture:
+    def _by_words(self, labels: Sequence[Label]) -> Mixture:
         """Each training text is of the label whose words it has most of, rare ones counting more; a
         label that no text is of lies in the middle of all."""
         rows = np.asarray(self._among)
@@ -252,28 +195,14 @@ class TopicRules:
         )
         spread = (x_ND - centers[own_N]) ** 2
         variance = float(spread[own_N >= 0].mean() if sizes.any() else x_ND.var())
-        floor = float(np.quantile(_nearness(centers, x_ND), _FAR)) - 1e-6
         weights = (sizes + 1) / (sizes + 1).sum()
-        return _Mixture(centers, weights, max(variance, 1e-8), floor, rows)
+        return Mixture(centers, weights, max(variance, 1e-8), floor_of(centers, x_ND), rows)
 
     def _rows(self, summaries: Iterable[str]) -> np.ndarray:
         return np.unique([self._of_summary[summary] for summary in summaries])
 
-    def _fit(self, rows: np.ndarray, start: int | np.ndarray) -> _Mixture:
-        """k-means from so many clusters, or from centers, as a mixture."""
-        from sklearn.cluster import KMeans
-
-        x_ND = self._x[rows]
-        if isinstance(start, int):
-            model = KMeans(start, n_init=4, random_state=self._seed)
-        else:
-            model = KMeans(len(start), init=start, n_init=1, random_state=self._seed)
-        model.fit(x_ND)
-        weights = np.bincount(model.labels_, minlength=model.n_clusters) / len(rows)
-        spread = model.inertia_ / (x_ND.size - len(weights) * x_ND.shape[1] + x_ND.shape[1])
-        centers = model.cluster_centers_.astype(np.float32)
-        floor = float(np.quantile(_nearness(centers, x_ND), _FAR)) - 1e-6
-        return _Mixture(centers, weights, max(float(spread), 1e-8), floor, rows)
+    def _fit(self, rows: np.ndarray, start: int | np.ndarray) -> Mixture:
+        return fit_mixture(self._x, rows, start, seed=self._seed)
 
     def _halves(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         apart = np.random.default_rng(self._seed).permutation(len(rows)) % _APART == 0
@@ -288,7 +217,7 @@ class TopicRules:
             return -np.inf
         return self._fit(own, start).likelihood(self._x[apart])
 
-    def _improved(self, mixture: _Mixture, most: int) -> tuple[_Mixture, list[str]]:
+    def _improved(self, mixture: Mixture, most: int) -> tuple[Mixture, list[str]]:
         """Splits and merges clusters while what is kept apart becomes more likely."""
         best, edits, failed = self._apart(mixture.seen, mixture.centers), [], 0
         skipped: set[int] = set()
@@ -300,7 +229,7 @@ class TopicRules:
             centers = np.concatenate([np.delete(mixture.centers, split, axis=0), halves])
             said = f"split {names[split]!r}"
             if len(centers) > most:
-                one, two = _nearest_pair(np.delete(mixture.centers, split, axis=0))
+                one, two = nearest_pair(np.delete(mixture.centers, split, axis=0))
                 kept = np.delete(np.arange(len(mixture.centers)), split)
                 said = f"merge {names[kept[one]]!r} and {names[kept[two]]!r}, and {said}"
                 centers[one] = (centers[one] + centers[two]) / 2
@@ -315,7 +244,7 @@ class TopicRules:
                 skipped.add(split)
         return mixture, edits
 
-    def _widest(self, mixture: _Mixture, skipped: set[int]):
+    def _widest(self, mixture: Mixture, skipped: set[int]):
         """(the cluster whose texts lie farthest apart in sum, centers of its halves)."""
         from sklearn.cluster import KMeans
 
@@ -331,38 +260,33 @@ class TopicRules:
                 return int(cluster), halves.cluster_centers_.astype(np.float32)
         return 0, None
 
-    def _rating(self, mixture: _Mixture, rows: np.ndarray) -> int:
-        near = float(_nearness(mixture.centers, self._x[rows]).mean())
+    def _rating(self, mixture: Mixture, rows: np.ndarray) -> int:
+        near = float(nearness(mixture.centers, self._x[rows]).mean())
         return int(np.clip(round(100 * near), 0, 100))
 
     # ------------------------------------------------------------ names
 
-    def _table(self, mixture: _Mixture, input: TableInput) -> list[Label]:
-        labels, names = [], set()
+    def _table(self, mixture: Mixture, input: TableInput) -> list[Label]:
+        """Labels of the clusters, named within the guards of a table."""
+        labels: list[Label] = []
         for phrases in self._keyphrases(mixture):
+            taken = {label.name.casefold() for label in labels}
             name = next(
-                (
-                    name
-                    for n in range(1, len(phrases) + 1)
-                    if (name := ", ".join(phrases[:n])) not in names
-                    and (n > 1 or " " in name)
-                    and len(name.split()) <= input.name_words
-                ),
-                f"group {len(labels) + 1}",
+                (name for name in _names_of(phrases, input.name_words) if name not in taken),
+                f"group{' ' if input.name_words > 1 else ''}{len(labels) + 1}",
             )
-            names.add(name)
-            said = []
+            said: list[str] = []
             for phrase in phrases:
                 if len(" ".join([*said, phrase]).split()) < input.description_words:
                     said.append(phrase)
-            labels.append(Label(name=name, description=f"about {', '.join(said) or 'nothing'}"))
+            labels.append(Label(name=name, description=f"about {', '.join(said)}" if said else ""))
         self._mixtures[_key(labels)] = mixture
         return labels
 
-    def _names(self, mixture: _Mixture) -> list[str]:
+    def _names(self, mixture: Mixture) -> list[str]:
         return [", ".join(phrases[:2]) for phrases in self._keyphrases(mixture)]
 
-    def _keyphrases(self, mixture: _Mixture) -> list[list[str]]:
+    def _keyphrases(self, mixture: Mixture) -> list[list[str]]:
         """Of each cluster, the phrases with the largest class-based TF-IDF, none inside another."""
         count = len(mixture.weights)
         if self._words is None:
@@ -399,7 +323,7 @@ class TopicRules:
         text = user_text(input.turns)
         row = self._row[text]
         x_1D = self._x[row : row + 1]
-        if _nearness(mixture.centers, x_1D)[0] < mixture.floor or not _WORD.search(text):
+        if nearness(mixture.centers, x_1D)[0] < mixture.floor or not _WORD.search(text):
             other = Named(id=OTHER_ID, name=OTHER)
             return Assignment(primary=other, applicable=[other])
         scores = mixture.scores(x_1D)[0]
@@ -425,17 +349,15 @@ def _shared(turns: Sequence[Turn], label: Label) -> float:
     return len(words & set(_WORD.findall(user_text(turns).lower()))) / max(len(words), 1)
 
 
+def _names_of(phrases: Sequence[str], most: int) -> Iterator[str]:
+    """Names that a table may have, of at most so many words, the best first; one word alone is the
+    last resort."""
+    own = [phrase for phrase in phrases if is_latin(phrase)]
+    names = [", ".join(own[:n]) for n in range(1, len(own) + 1)]
+    for name in sorted((*names, *own[1:]), key=lambda name: " " not in name):
+        if len(name.split()) <= most and not is_vague(name):
+            yield name
+
+
 def _key(labels: Sequence[Label]) -> tuple[str, ...]:
     return tuple(f"{label.name}\0{label.description}" for label in labels)
-
-
-def _nearness(centers_KD: np.ndarray, x_ND: np.ndarray) -> np.ndarray:
-    """float [N], cosine to the nearest center."""
-    return (normalized(x_ND) @ normalized(centers_KD).T).max(1)
-
-
-def _nearest_pair(centers: np.ndarray) -> tuple[int, int]:
-    near = centers @ centers.T - 0.5 * (centers**2).sum(1)[:, None] - 0.5 * (centers**2).sum(1)
-    near[np.tril_indices(len(centers))] = -np.inf
-    one, two = np.unravel_index(int(near.argmax()), near.shape)
-    return int(one), int(two)

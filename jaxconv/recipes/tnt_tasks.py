@@ -131,17 +131,27 @@ def names_guard(input: TableInput, found: Table | Update) -> str | None:
         name = label.name.strip().casefold()
         if name in seen:
             return f"the label {label.name!r} is there twice"
-        if _VAGUE.fullmatch(name):
+        if is_vague(name):
             return f"the label {label.name!r} is vague; each must say something"
         seen.add(name)
     return None
 
 
+def is_vague(name: str) -> bool:
+    """Whether it says nothing: a label of that name would take in anything."""
+    return _VAGUE.fullmatch(name.strip()) is not None
+
+
+def is_latin(text: str) -> bool:
+    """Whether four of five letters are Latin ones."""
+    letters = [c for c in text if c.isalpha()]
+    return sum(ord(c) < 0x250 for c in letters) >= 0.8 * len(letters)
+
+
 def latin_guard(input: TableInput, found: Table | Update) -> str | None:
     """English, as far as letters tell it: a name in another script is not."""
     for label in found.labels:
-        letters = [c for c in label.name if c.isalpha()]
-        if letters and sum(ord(c) < 0x250 for c in letters) < 0.8 * len(letters):
+        if not is_latin(label.name):
             return f"the label {label.name!r} is not in English"
     return None
 

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 import sys
+import types
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,11 @@ from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.conversations import Turn
 from jaxconv.llm.prices import FREE
 from jaxconv.models.text_classifier import label_file, load_text_classifier
-from jaxconv.recipes import tnt_llm
+from jaxconv.recipes import tnt_llm, tnt_tables
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.tnt_documents import documents
-from jaxconv.recipes.tnt_tasks import ASSIGNMENT, AssignmentInput, Label, numbered
+from jaxconv.recipes.tnt_tables import Place, TableMaker
+from jaxconv.recipes.tnt_tasks import ASSIGNMENT, AssignmentInput, Label, is_latin, numbered
 from jaxconv.train.config import load
 from jaxconv.train.workdir import Workdir
 
@@ -40,7 +43,7 @@ SMALL = [
     "--config.taxonomy.max_labels=5",
     "--config.taxonomy.second_labels=0",
     "--config.select.documents=9",
-    "--config.select.repeats=2",
+    "--config.select.orders=2",
     "--config.judge.documents=8",
     "--config.classifier.method=logistic",
 ]
@@ -211,6 +214,30 @@ def test_what_a_document_orders_to_do_is_sorted_like_any_other(odd):
     assert "<script>" not in (odd / "report.md").read_text()
 
 
+@pytest.mark.parametrize("name_words", [1, 2, 10])
+def test_where_a_quarter_is_in_another_script_names_stay_within_the_guards(name_words):
+    russian = [
+        talk(f"ru {i}", f"{how} расписание ночных поездов и {what}", "да")
+        for i, (how, what) in enumerate(
+            (how, what)
+            for how in ("Покажи", "Составь", "Проверь", "Найди", "Исправь")
+            for what in ("цены", "места", "скидки", "багаж", "вокзалы", "вагоны", "билеты", "путь")
+        )
+    ]
+    write_jsonl(Path("talks.jsonl"), [*satisfaction.conversations(0, 120), *russian])
+    options = ["--config.data.path=talks.jsonl", f"--config.taxonomy.name_words={name_words}"]
+    options += ["--config.classifier.method=logistic", "--config.taxonomy.batch=40"]
+    assert launch.main([CONFIG, "--workdir=run", *options]) == 0
+    rows, names = labels(), [x["name"] for x in taxonomy()["labels"]]
+    assert len({name.casefold() for name in names}) == len(names)
+    assert all(len(name.split()) <= name_words and is_latin(name) for name in names)
+    assert sum(name.startswith("group") for name in names) < len(names) / 2
+    # They are sorted into labels of their own all the same.
+    inside = Counter(rows[talk.id]["primary"]["name"] for talk in russian)
+    others = Counter(rows[f"satisfaction-{i}"]["primary"]["name"] for i in range(120))
+    assert sum(n for name, n in inside.items() if others[name] <= n / 4) > 30
+
+
 # ---------------------------------------------------------------- with a model
 
 
@@ -239,35 +266,101 @@ def asking(tmp_path, function) -> tuple[Asking, Scripted]:
     return Asking(backend, Journal(), Settings(max_attempts=6), workdir=workdir), backend
 
 
-def test_a_judge_with_a_favourite_place_keeps_the_best_so_far(tmp_path):
+def maker_of(asked: Asking) -> TableMaker:
+    """One whose tables are made by a model alone."""
     config = load(CONFIG.removeprefix("--config=")).config
-    asked, backend = asking(tmp_path, lambda call: {"reason": "", "best": 1})
-    maker = tnt_llm._Maker(config, asked, None)
-    one, two = ([Label(name=name, description="")] for name in ("a", "b"))
-    rules = type("R", (), {"select": None})()
-    maker = dataclasses.replace(maker, rules=rules)
-    assert maker._best([one, two], ["text"], "any") == 0
-    shown = [call.input.candidates[0][0].name for call in backend.calls]
-    assert sorted(shown) == ["a", "b"]  # two orders are all there are; the same is asked once
-    # One that looks at the tables finds the better one, wherever it stands.
-    better = lambda call: {"reason": "", "best": 1 + (call.input.candidates[1][0].name == "b")}  # noqa: E731
-    asked, _ = asking(tmp_path / "other", better)
-    assert dataclasses.replace(maker, asked=asked)._best([one, two], ["text"], "any") == 1
+    config.select.every = config.select.patience = 1
+    config.taxonomy.batch = 1
+    rules = types.SimpleNamespace(generate=None, update=None, select=None)
+    return TableMaker(config, asked, rules)
+
+
+def table(name: str) -> dict:
+    return {"labels": [{"name": name, "description": ""}]}
+
+
+def alternating(call, best: Callable[[list[str]], int]):
+    """Tables named by what they are made from; `best` picks one of names."""
+    if call.task.name == "tnt_llm/select":
+        names = [labels[0].name for labels in call.input.candidates]
+        return {"reason": "", "best": best(names)}
+    if call.task.name == "tnt_llm/generate":
+        return table(f"of {call.input.documents[0]}")
+    last = call.input.documents[0] if call.input.documents else "nothing"
+    labels = call.input.labels if last == "nothing" else table(f"of {last}")["labels"]
+    labels = [x if isinstance(x, dict) else x.model_dump() for x in labels]
+    return {"rating": 1, "explanation": "", "edits": [], "labels": labels}
+
+
+def test_a_judge_with_a_favourite_place_keeps_the_best_so_far(tmp_path):
+    asked, backend = asking(tmp_path, lambda call: alternating(call, lambda names: 1))
+    maker = maker_of(asked)
+    found = maker.tables({"": Place(["a", "b", "c"], ["d"], 5, 1)})[""]
+    first, second, *_ = maker.steps
+    assert found[0].name == first.labels[0].name and second.chosen is False
+    assert [step.kind for step in maker.steps] == ["generate", "update", "review"]  # patience is 1
+    shown = [
+        call.input.candidates[0][0].name for call in backend.calls if "select" in call.task.name
+    ]
+    # Two orders are all there are.
+    assert sorted(shown) == sorted(step.labels[0].name for step in (first, second))
+
+
+def test_a_judge_of_tables_finds_the_better_one_wherever_it_stands(tmp_path):
+    pick = lambda names: 1 + names.index(max(names))  # noqa: E731
+    asked, _ = asking(tmp_path, lambda call: alternating(call, pick))
+    maker = maker_of(asked)
+    maker.config.select.patience = 5
+    assert maker.tables({"": Place(["a", "b", "c"], ["d"], 5, 3)})[""][0].name == "of c"
+
+
+def test_without_a_valid_comparison_nothing_is_worse_and_the_first_stays(tmp_path):
+    asked, _ = asking(tmp_path, lambda call: alternating(call, lambda names: 7))
+    maker = maker_of(asked)
+    found = maker.tables({"": Place(["a", "b", "c"], ["d"], 5, 1)})[""]
+    assert found == maker.steps[0].labels
+    assert [step.chosen for step in maker.steps] == [None] * 4  # no patience is lost
+
+
+def test_chains_go_on_side_by_side_and_one_without_an_answer_is_told(tmp_path):
+    def answer(call):
+        if call.task.name == "tnt_llm/update" and call.input.labels[0].name == "of a":
+            return {"labels": []}
+        return alternating(call, lambda names: 1)
+
+    asked, _ = asking(tmp_path, answer)
+    maker = maker_of(asked)
+    found = maker.tables({"": Place(["a", "b"], ["d"], 5, 6), "x": Place(["e"], [], 5, 1)})
+    assert set(found) == {"", "x"} and found["x"][0].name == "of e"
+    begun_with_a = {
+        s.chain for s in maker.steps if s.kind == "generate" and "a" in s.labels[0].name
+    }
+    assert begun_with_a and len(maker.notes) == len(begun_with_a)
+    assert all("task tnt_llm/update" in note for note in maker.notes)
+    assert asked.plans[0].rows == 7
+    order = [(step.place, step.chain, step.number) for step in maker.steps]
+    assert order == sorted(order)
+
+
+def test_orders_are_different_and_have_their_reverse():
+    maker = maker_of(None)
+    for count, wanted in ((2, 2), (3, 4), (5, 4)):
+        orders = maker._orders(count)
+        assert len(set(orders)) == len(orders) == wanted
+        assert all(order[::-1] in orders for order in orders)
 
 
 def test_a_table_that_is_too_large_is_asked_for_again_warmer(tmp_path):
     sizes = iter([9, 7, 5])
 
-    def table(call):
+    def answer(call):
+        if call.task.name != "tnt_llm/generate":
+            return alternating(call, None)
         return {"labels": [{"name": f"label {i}", "description": "x"} for i in range(next(sizes))]}
 
-    config = load(CONFIG.removeprefix("--config=")).config
-    asked, backend = asking(tmp_path, table)
-    maker = tnt_llm._Maker(config, asked, None)
-    given = maker._input(5, documents=["text"])
-    found = maker._ask(tnt_llm.GENERATION, None, given, "any")
-    assert len(found.labels) == 5
-    assert [call.temperature for call in backend.calls] == [0.5, 0.6, 0.7]
+    asked, backend = asking(tmp_path, answer)
+    assert len(maker_of(asked).tables({"": Place(["text"], [], 5, 1)})[""]) == 5
+    assert [call.temperature for call in backend.calls] == [0.5, 0.6, 0.7, 0.0]
     assert "there are 9 labels; there may be 1 to 5" in backend.calls[1].messages[-1]["content"]
     assert backend.calls[0].request.parameters["top_p"] == 0.5
 
@@ -321,12 +414,12 @@ def test_a_name_that_is_not_its_ids_is_an_error_and_never_other(server, monkeypa
     assert any("rows of tnt_llm/assign have no value: failed_check" in n for n in found["notes"])
     capsys.readouterr()
 
-    def calls(changed: str) -> dict[str, int]:
+    def calls(module: types.ModuleType, changed: str) -> dict[str, int]:
         """That a dry run foresees by task, with another prompt in that one."""
-        task = getattr(tnt_llm, changed)
+        task = getattr(module, changed)
         prompt = Prompt("changed.md", task.prompt.text + "\nBe strict.\n")
         with monkeypatch.context() as patch:
-            patch.setattr(tnt_llm, changed, dataclasses.replace(task, prompt=prompt))
+            patch.setattr(module, changed, dataclasses.replace(task, prompt=prompt))
             assert launch.main([*command, "--workdir=run", "--dry_run"]) == 0
         rows = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
         return {
@@ -339,13 +432,13 @@ def test_a_name_that_is_not_its_ids_is_an_error_and_never_other(server, monkeypa
     # What is asked again is what depends on the prompt; where the table of a model is gone on with,
     # rules that did not make it take the place of the model.
     before = dict.fromkeys(("summarise", "generate", "update", "select", "review"), 0)
-    found = calls("ASSIGNMENT")
+    found = calls(tnt_llm, "ASSIGNMENT")
     assert found | before == found and found["assign"] == 60
     assert found["choose"] > 0 and found["relevance"] > 0
-    found = calls("UPDATE")
+    found = calls(tnt_tables, "UPDATE")
     assert found["summarise"] == found["generate"] == 0
     assert all(found[name] > 0 for name in ("update", "select", "review", "assign", "choose"))
-    assert calls("REVIEW")["review"] == 2
+    assert calls(tnt_tables, "REVIEW")["review"] == 2
 
 
 @pytest.mark.parametrize(
@@ -384,3 +477,57 @@ def test_texts_of_a_table_with_known_classes(capsys):
     # Without known classes there is a report all the same.
     assert launch.main([CONFIG, "--workdir=other", *options, "--config.data.gold="]) == 0
     assert "nmi" not in report("other")["results"]
+
+
+def table_of(name: str, count: int, kinds: bool) -> str:
+    """A CSV file of texts of three kinds, which it says or does not."""
+    Path(name).parent.mkdir(exist_ok=True)
+    rows = [
+        f'"a card that is {x}, {i}",{x if kinds else ""}'
+        for i in range(count)
+        for x in ("lost", "late", "blocked")
+    ]
+    Path(name).write_text("\n".join(["text,kind", *rows]))
+    return name
+
+
+TABLES = ["--config.data.gold=kind", "--config.taxonomy.summarise=False"]
+
+
+def test_classes_that_are_known_of_test_documents_alone_are_compared_there():
+    options = [
+        f"--config.data.path={table_of('train/texts.csv', 12, kinds=False)}",
+        f"--config.data.test_path={table_of('test/texts.csv', 6, kinds=True)}",
+    ]
+    assert launch.main([CONFIG, "--workdir=run", *TABLES, *options]) == 0
+    found = report()
+    assert found["results"]["nmi"]["n"] == 18 and found["results"]["nmi"]["value"] > 0.3
+    assert "classifier_accuracy" not in found["results"]
+    assert any("'kind' is known of documents to test on alone" in note for note in found["notes"])
+    assert {"texts.csv:1", "test/texts.csv:1"} <= set(labels())
+
+
+def test_two_labels_are_judged_and_one_is_told_to_be_too_few():
+    options = [f"--config.data.path={table_of('texts.csv', 12, kinds=True)}"]
+    options += ["--config.taxonomy.max_labels=2", "--config.taxonomy.second_labels=0"]
+    assert launch.main([CONFIG, "--workdir=run", *TABLES, *options]) == 0
+    found = report()
+    assert found["results"]["label_accuracy"]["n"] > 2
+    assert found["baselines"]["label_accuracy/random"]["n"] > 2
+    Path("same.csv").write_text("text,kind\n" + "the same,x\n" * 30)
+    options[0] = "--config.data.path=same.csv"
+    assert launch.main([CONFIG, "--workdir=same", *TABLES, *options]) == 0
+    notes = report("same")["notes"]
+    assert any(note.startswith("No label_accuracy") for note in notes)
+    assert any(note.startswith("No classifier:") for note in notes)
+
+
+def test_a_table_in_another_encoding_is_refused_with_its_line(capsys):
+    Path("latin.csv").write_bytes(b"text,kind\nfine,x\n" + "caf\u00e9,x\n".encode("latin-1"))
+    assert launch.main([CONFIG, "--workdir=run", "--config.data.path=latin.csv"]) == 2
+    assert "config.data.path='latin.csv', after line" in capsys.readouterr().err
+    long = "very " * 40_000
+    Path("long.csv").write_text("text\n" + f"{long}\n" + "\n".join(f"text {i}" for i in range(40)))
+    options = ["--config.data.path=long.csv", "--config.taxonomy.second_labels=0"]
+    assert launch.main([CONFIG, "--workdir=run", *options]) == 0
+    assert len(labels()) == 41
