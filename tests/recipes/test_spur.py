@@ -17,10 +17,11 @@ from jaxconv.data.synthetic import satisfaction
 from jaxconv.llm import Prompt, Settings
 from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.conversations import input_of
-from jaxconv.recipes import spur
+from jaxconv.recipes import spur, spur_rubrics
 from jaxconv.recipes.asking import Asking
+from jaxconv.recipes.spur_rules import Cues
 from jaxconv.recipes.spur_talks import labelled
-from jaxconv.recipes.spur_tasks import SCORING
+from jaxconv.recipes.spur_tasks import SCORING, ScoringInput
 from jaxconv.train.config import load
 
 HERE = Path(__file__).parent
@@ -227,7 +228,7 @@ def test_a_dialogue_in_another_script_is_scored_and_kept_whole():
     assert row["satisfaction"] == sum(
         x["score"] * (1 if x["id"][0] == "S" else -1) for x in row["items"]
     )
-    rules = spur.Cues([input_of(ODD["script"]).turns], [True])
+    rules = Cues([input_of(ODD["script"]).turns], [True])
     assert [r.quote for r in rules.reactions(input_of(ODD["script"]).turns)] == [
         "ありがとう、助かりました。"
     ]
@@ -246,7 +247,7 @@ def test_what_a_user_orders_a_judge_to_do_changes_nothing():
     assert injected["satisfaction"] <= plain["satisfaction"] < 0
     assert not [item for item in injected["items"] if item["id"].startswith("S")]
     # To a model it is shown inside its turn, between tags that it cannot end.
-    given = spur.ScoringInput(turns=input_of(ODD["injection"]).turns, sat=[], dsat=[])
+    given = ScoringInput(turns=input_of(ODD["injection"]).turns, sat=[], dsat=[])
     text = SCORING.request(given, model="m").messages[-1]["content"]
     assert text.count("</conversation>") == 1 and text.count("</turn>") == 4
     turn = re.search(r'<turn number="3" role="user">(.*?)</turn>', text, re.S)[1]
@@ -298,7 +299,7 @@ def test_an_invalid_answer_is_no_class_and_a_changed_prompt_asks_for_what_depend
     capsys.readouterr()
     # Scoring depends on its own prompt alone, so that the rubrics are not asked for again.
     prompt = Prompt("score.md", SCORING.prompt.text + "\nBe strict.\n")
-    monkeypatch.setattr(spur, "SCORING", dataclasses.replace(SCORING, prompt=prompt))
+    monkeypatch.setattr(spur_rubrics, "SCORING", dataclasses.replace(SCORING, prompt=prompt))
     assert launch.main([*command, "--workdir=run", "--dry_run"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert set(lines) == {

@@ -10,7 +10,7 @@ from jaxconv.llm.answers import parse
 from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.conversations import Turn
 from jaxconv.llm.failures import InvalidAnswer
-from jaxconv.recipes import spur
+from jaxconv.recipes import spur_rubrics
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_analysis import (
     _auc,
@@ -131,7 +131,7 @@ def test_scores_as_numbers_by_hand():
     points = points_of(scores, ["b", "a"], ITEMS)
     assert points.tolist() == [[-1, -1, -1], [9, 0, 4]]
     assert satisfaction_of(points, ITEMS) == [None, 5] == [None, scores["a"].satisfaction]
-    assert spur.predict(points, ITEMS, 4.5) == [None, "sat"]
+    assert spur_rubrics.predict(points, ITEMS, 4.5) == [None, "sat"]
 
 
 def test_balanced_accuracy_is_a_half_for_guessing_however_uneven_the_labels():
@@ -169,7 +169,7 @@ def test_minibatches_carry_the_rubric_and_the_last_one_may_be_small(tmp_path):
     with Workdir(tmp_path / "run") as workdir, Journal() as journal:
         asked = Asking(Rules(), journal, Settings(), workdir=workdir)
         options = {"satisfied": True, "limit": 3, "batch": 3, "cues": cues}
-        items = asked.in_step({"sat": spur.summarise(patterns, **options)})["sat"]
+        items = asked.in_step({"sat": spur_rubrics.summarise(patterns, **options)})["sat"]
     assert [count for count, _ in seen] == [3, 3, 1]
     assert seen[0][1] == [] and all(previous for _, previous in seen[1:])
     assert 1 <= len(items) <= 3
@@ -203,7 +203,7 @@ def test_a_rubric_has_names_that_differ_and_is_no_larger_than_asked():
     ],
 )
 def test_the_threshold_with_most_right_and_the_nearest_to_0(scored, threshold):
-    assert spur.tuned_threshold(scored) == threshold
+    assert spur_rubrics.tuned_threshold(scored) == threshold
 
 
 def test_items_against_labels_by_hand():
