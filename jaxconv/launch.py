@@ -24,7 +24,7 @@ from absl import flags, logging
 from jaxconv import compile_for, processes, recipes, storage
 from jaxconv.errors import Failed, Refused, Stopped
 from jaxconv.perf import libtpu
-from jaxconv.train import attempts, clock, interrupt, shared_folder
+from jaxconv.train import attempts, checks, clock, interrupt, shared_folder
 from jaxconv.train import config as configs
 from jaxconv.train.atomic import is_disk_full
 from jaxconv.train.workdir import Workdir, config_sha, remove
@@ -169,6 +169,8 @@ def _run_command(values: flags.FlagValues, overrides: list[str], held: list[Work
     configs.override(loaded.config, overrides)
     resolved = configs.resolved(loaded.config)
     recipe = _recipe(loaded.config.recipe)
+    if "seed" in loaded.config:
+        checks.at_least(loaded.config, {"seed": 0})
     recipe.check(loaded.config)
     if values.print_config:
         print(json.dumps(resolved, indent=2, ensure_ascii=False))

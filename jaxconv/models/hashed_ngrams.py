@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxconv.errors import Refused
 
+_WIDEST = 1 << 14
 _BATCH = 4096  # texts whose n-grams are in memory together
 
 
@@ -29,6 +30,8 @@ class HashedNgrams:
     def __post_init__(self):
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
             raise Refused(f"width is {self.width!r}; it must be a positive integer")
+        if self.width > _WIDEST:
+            raise Refused(f"width is {self.width}; it may be at most {_WIDEST}")
 
     @property
     def fingerprint(self) -> str:

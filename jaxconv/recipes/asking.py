@@ -114,7 +114,13 @@ class Asking:
     def who(self) -> str:
         """Who answers, as tables and notes say it."""
         model = self.backend.model
-        return model if self.backend.is_model else f"{model} (no model was asked)"
+        if self.by_rules:
+            return f"{model} (no model was asked)"
+        return model if self.backend.is_model else f"{model} (replayed)"
+
+    @property
+    def by_rules(self) -> bool:
+        return isinstance(self.backend, Rules)
 
     @property
     def failures(self) -> int:
@@ -132,8 +138,10 @@ class Asking:
                 under which the journal has its calls and what they cost; "" keeps none.
 
         Raises:
-            Refused: the budget is not enough for one call; and as `run_tasks`.
-            Failed, Stopped: as `run_tasks`.
+            Refused: the budget is not enough for one call, and nobody has been asked; and as
+                `run_tasks`.
+            Failed: what was asked before has used the budget up; and as `run_tasks`.
+            Stopped: as `run_tasks`.
         """
         plan = self.plan(task, inputs, sample=sample)
         if self.dry:
@@ -141,11 +149,17 @@ class Asking:
         if self.backend.is_model:
             processes.say(str(plan))
         if plan.calls and plan.affordable == 0:
-            raise Refused(f"the budget is not enough for one call; {plan}")
+            if not any(asked.rows for asked in self._asked.values()):
+                raise Refused(f"the budget is not enough for one call; {plan}")
+            raise Failed(
+                f"the budget is used up; {plan}. What is answered is kept: the same command with a "
+                "larger config.llm.budget_usd or config.llm.budget_tokens goes on"
+            )
         with contextlib.ExitStack() as stack:
             tell = lambda result: None  # noqa: E731
             if plan.rows > 1:
-                tell = _telling(stack.enter_context(Progress(self._workdir, task.name, plan.rows)))
+                title = f"{task.name} ({keep})" if keep else task.name
+                tell = _telling(stack.enter_context(Progress(self._workdir, title, plan.rows)))
             stack.enter_context(clock.spending(clock.STEP))
             results = run_tasks(
                 task,
@@ -250,23 +264,33 @@ class Asking:
                 )
         if self.failures:
             report.status = "partial"
+        if (self._workdir.artifacts / "answers").is_dir():
+            report.artifacts["answers"] = "artifacts/answers"
         report.notes += getattr(self.backend, "notes", [])
         self._add_cost(report)
 
     def _add_cost(self, report: Report) -> None:
         costs = self._journal.costs()
+        priced = not self.backend.is_model or self.backend.price is not None
         report.cost |= {
             "llm_calls": sum(cost.calls for cost in costs),
             "llm_tokens": sum(cost.tokens for cost in costs),
-            "usd": round(sum(cost.usd for cost in costs), 6),
         }
+        if priced:
+            report.cost["usd"] = round(sum(cost.usd for cost in costs), 6)
+        elif costs:
+            report.notes.append(
+                f"What it cost is unknown: {self.backend.model!r} has no price; config.llm.prices "
+                "names a table with one."
+            )
         for cost in costs:
-            report.perf[f"llm/{cost.task}/{cost.model}/usd"] = Quantity(cost.usd, "USD")
+            if priced:
+                report.perf[f"llm/{cost.task}/{cost.model}/usd"] = Quantity(cost.usd, "USD")
             if cost.unknown_calls:
+                most = f", {cost.unknown_usd:.4g} USD" if priced else ""
                 report.notes.append(
                     f"{cost.unknown_calls} calls of {cost.task} brought no answer and may be paid "
-                    f"for: at most {cost.unknown_tokens:,} tokens, {cost.unknown_usd:.4g} USD, on "
-                    "top."
+                    f"for: at most {cost.unknown_tokens:,} tokens{most}, on top."
                 )
 
     def _foretold(self, task: Task, inputs: Inputs, sample: int) -> dict[str, Result]:

@@ -68,6 +68,11 @@ def check(config) -> None:
         )
     if not 0 <= config.data.noise <= 0.5:
         raise Refused(f"config.data.noise={config.data.noise}; it may be from 0 to 0.5")
+    if config.data.sat == config.data.dsat:
+        raise Refused(
+            f"config.data.sat={config.data.sat!r} and config.data.dsat={config.data.dsat!r}; they "
+            "must differ"
+        )
     s = config.spur
     if s.splits * s.train > 1:
         raise Refused(
@@ -154,7 +159,7 @@ def studied(config, asked: Asking, talks: Talks) -> Study:
         NoAnswer: there is no rubric for a split; nothing has been scored then.
     """
     encoder = checks.naming(
-        "config.encoder.path: ",
+        "config.encoder: ",
         lambda: load_text_encoder(config.encoder.path, dim=config.encoder.dim or None),
     )
     texts = ["\n".join(t.content for t in own if t.role == "user") for own in talks.turns]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _OURS = ("spur", "spur_threshold_0", "rubric_scores", "embedding_and_rubric")
 _SHOWN = 4  # conversations that are told in full
+_TURNS, _CHARACTERS = 12, 600  # of each of them, and of a turn
 _LEAST = 20  # conversations of a language that get a row
 
 
@@ -75,8 +76,12 @@ def _methods(report: Report, config, asked: Asking, talks: Talks, study: "Study"
         who = asked.who if name in (*ASKED, *_OURS) else "no model"
         cells = (_cell(getattr(found, m)) for m in ("precision", "recall", "f1", "accuracy"))
         rows.append([name, who, *cells, f"{found.f1.n:,}"])
+    thresholds = ", ".join(f"{trial.threshold:g}" for trial in study.trials)
     report.sections["Methods"] = (
-        f"Weighted scores, means over {len(study.trials)} splits; intervals over conversations.\n\n"
+        f"Weighted scores on test parts, means over {len(study.trials)} splits; intervals are over "
+        "conversations. spur calls a user satisfied where R is above a threshold that is tuned on "
+        f"the dev part ({thresholds}), spur_threshold_0 where it is above 0. A method leaves out "
+        "what it has no valid answer for.\n\n"
         + table(
             ["method", "answers of", "precision", "recall", "F1", "accuracy", "conversations"], rows
         )
@@ -85,12 +90,45 @@ def _methods(report: Report, config, asked: Asking, talks: Talks, study: "Study"
     known_SN = np.stack([(trial.points >= 0).all(axis=1) for trial in study.trials])
     scored = int(known_SN.all(axis=0)[tested].sum())
     report.results["scored"] = proportion(scored, len(tested))
+    _against_baselines(report, talks, study, seed=config.seed)
+    _silent(report, study, tested)
     control = _by_chance(talks, study, seed=config.seed)
     if control is not None:
         report.baselines["balanced_accuracy/shuffled_labels"] = control
     if not config.data.path:
         ceiling = satisfaction.ceiling(config.data.noise)
         report.baselines["accuracy/ceiling"] = Estimate(ceiling, None, len(talks), "rate")
+
+
+def _against_baselines(report: Report, talks: Talks, study: "Study", *, seed: int) -> None:
+    """How much more often right SPUR is than others about the same conversations."""
+    for name in ("embedding", *ASKED):
+        differences, owners = [], []
+        for trial in study.trials:
+            both = zip(trial.predicted["spur"], trial.predicted[name], talks.truth, strict=True)
+            for i, (own, other, truth) in enumerate(both):
+                if own is not None and other is not None:
+                    differences.append((own == truth) - float(other == truth))
+                    owners.append(i)
+        if len(set(owners)) > 1:
+            report.results[f"gain/accuracy_over_{name}"] = bootstrap_mean(
+                differences, clusters=owners, seed=seed, unit="rate"
+            )
+
+
+def _silent(report: Report, study: "Study", tested: Sequence[int]) -> None:
+    """The share of users who show no item of a rubric, and so have an R of 0."""
+    shown = [trial.points[tested] for trial in study.trials]
+    silent = [(points == 0).all(axis=1) for points in shown]
+    known = [(points >= 0).all(axis=1) for points in shown]
+    values, owners = [], []
+    for quiet_N, known_N in zip(silent, known, strict=True):
+        values += quiet_N[known_N].tolist()
+        owners += np.asarray(tested)[known_N].tolist()
+    if len(set(owners)) > 1:
+        report.results["shows_nothing"] = bootstrap_mean(
+            values, clusters=owners, seed=0, unit="rate"
+        )
 
 
 def _by_chance(talks: Talks, study: "Study", *, seed: int) -> Estimate | None:
@@ -122,7 +160,7 @@ def _languages(report: Report, config, talks: Talks, study: "Study") -> None:
             scores = weighted_scores(splits, [talks.truth[i] for i in own], seed=config.seed)
             rows.append([language, str(len(own)), _cell(scores.f1), _cell(scores.accuracy)])
     if rows:
-        report.sections["By language"] = table(
+        report.sections["By language"] = "Of spur, threshold tuned.\n\n" + table(
             ["language", "conversations", "F1", "accuracy"], rows
         )
 
@@ -196,9 +234,15 @@ def _items(report: Report, trial: "Trial", tests: Sequence[ItemTest], distilled:
                 "" if auc is None else f"{auc:.2f}",
             ]
         )
-    report.sections["Rubric of the first split"] = table(
-        ["id", "item", "such as", "of sat", "of dsat", "chi-square", "p (Holm)", "AUC distilled"],
-        rows,
+    known = int((trial.points[trial.split.test] >= 0).all(axis=1).sum())
+    half = f", {distilled.mean_auc.n} conversations" if distilled.mean_auc else ""
+    report.sections["Rubric of the first split"] = (
+        f"Shares of users of the test part ({known} conversations) who show an item. The AUC is "
+        "that of a classifier of embeddings which was fitted on one half of all conversations, on "
+        f"the other half{half}; it is empty where an item is shown too seldom.\n\n"
+        + table(
+            ["id", "item", "such as", "of sat", "of dsat", "chi-square", "p (Holm)", "AUC"], rows
+        )
     )
 
 
@@ -274,8 +318,10 @@ def _why(report: Report, talks: Talks, trial: "Trial", scores: Mapping[str, Item
             for x in _in_order(trial, scores[id])
             if x.present
         ]
-        said = "\n".join(f"- **{escape(t.role)}**: {escape(t.content)}" for t in turns[id][:12])
-        more = len(turns[id]) - 12
+        said = "\n".join(
+            f"- **{escape(t.role)}**: {escape(_cut(t.content))}" for t in turns[id][:_TURNS]
+        )
+        more = len(turns[id]) - _TURNS
         parts.append(
             f"### {escape(id)}: {found.satisfaction:+d}, known as {truth[id]}\n\n{said}\n"
             + (f"- and {more} turns more\n" if more > 0 else "")
@@ -285,9 +331,13 @@ def _why(report: Report, talks: Talks, trial: "Trial", scores: Mapping[str, Item
     report.sections["Why"] = "\n".join(parts)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} […]"
+
+
 def _notes(report: Report, config, asked: Asking, talks: Talks, study: "Study") -> None:
     for why, count in sorted(talks.left_out.items()):
-        report.notes.append(f"{count} conversations were left out: {why}.")
+        report.notes.append(f"Conversations that were left out: {count} {why}.")
     if not config.data.path:
         report.notes.append(
             f"Embedded conversations, a cause of the other side in {config.data.noise:.0%}; the "

@@ -1,5 +1,7 @@
 """Conversations whose users' satisfaction is known, and how they are divided."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,10 +44,10 @@ class Talks:
 
 
 def labelled(config, quarantine: Quarantine) -> Talks:
-    """Those at the config's path that are labelled "sat" or "dsat", or the embedded ones.
+    """Those at the config's path that are labelled as satisfied or not, or the embedded ones.
 
     Raises:
-        Refused: there are none, or two have one id.
+        Refused: there are too few of a label, or two have one id.
     """
     source: Sequence[Conversation]
     if config.data.path:
@@ -63,13 +65,15 @@ def labelled(config, quarantine: Quarantine) -> Talks:
             config.seed << 32, config.data.examples, noise=config.data.noise, held_out=True
         )
     is_rated = getattr(source, "format", "") == "rated"
+    named = {config.data.sat: SAT, config.data.dsat: DSAT} if config.data.path else {}
     taken, truth, left_out = [], [], {}
     for talk in source:
-        label = talk.meta.get(config.data.label)
+        found = talk.meta.get(config.data.label)
         if is_rated:
-            label = dialogue_label(talk.meta["overall"], talk.meta["ratings"], config.data.neutral)
+            found = dialogue_label(talk.meta["overall"], talk.meta["ratings"], config.data.neutral)
+        label = found if is_rated or not config.data.path else named.get(str(found))
         if label not in (SAT, DSAT):
-            why = f"label {label!r}" if label is not None else "without a label"
+            why = f"label {found!r}" if found is not None else "without a label"
         elif not any(m.role == "user" and m.content.strip() for m in talk.messages):
             why = "without a word of the user's"
         else:
@@ -77,14 +81,11 @@ def labelled(config, quarantine: Quarantine) -> Talks:
             truth.append(label)
             continue
         left_out[why] = left_out.get(why, 0) + 1
-    if not taken:
-        raise Refused(
-            f"config.data.label={config.data.label!r}: no conversation has {SAT!r} or {DSAT!r} "
-            f"there in its meta ({', '.join(f'{n} {why}' for why, n in left_out.items())})"
-        )
+    unread = {"that cannot be read": len(quarantine)} if len(quarantine) else {}
+    _refuse_too_few(config, truth, left_out | unread)
     ids = [talk.id for talk in taken]
     if len(set(ids)) < len(ids):
-        twice = next(id for id in ids if ids.count(id) > 1)
+        twice = next(id for id, count in Counter(ids).items() if count > 1)
         raise Refused(f"two conversations have the id {twice!r}; every id may come once")
     return Talks(
         ids,
@@ -93,6 +94,34 @@ def labelled(config, quarantine: Quarantine) -> Talks:
         [talk.meta for talk in taken],
         left_out,
     )
+
+
+def _refuse_too_few(config, truth: Sequence[str], left_out: Mapping[str, int]) -> None:
+    """Refuses too few conversations of a label for every split to learn from, and says what would
+    be enough, and which conversations were left out."""
+    s = config.spur
+    others = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+    others = f" (left out: {others})" if others else ""
+    for label, field in ((SAT, "sat"), (DSAT, "dsat")):
+        count = truth.count(label)
+        if not count:
+            raise Refused(
+                f"config.data.label={config.data.label!r}: of {len(truth)} conversations that are "
+                f"labelled none is {config.data[field]!r}{others}"
+            )
+        if (size := _share(s.train, count)) < LEAST:
+            enough = math.ceil(100 * LEAST / count) / 100
+            raise Refused(
+                f"config.spur.train={s.train} of {count} conversations that are "
+                f"{config.data[field]!r} is {size}; training parts need at least "
+                f"{LEAST} of each label{others}. Give more conversations, or config.spur.train="
+                f"{enough} with config.spur.splits={min(s.splits, max(int(1 / enough + 1e-9), 1))}"
+            )
+
+
+def _share(share: float, count: int) -> int:
+    """Rounded down, so that shares which sum to 1 fit."""
+    return int(share * count + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -105,27 +134,21 @@ class Split:
 
 
 def splits_of(config, talks: Talks) -> list[Split]:
-    """Splits whose training parts share nothing.
-
-    Raises:
-        Refused: a training part lacks one of the labels.
-    """
-    s, n = config.spur, len(talks)
-    order = np.random.default_rng(config.seed).permutation(n).tolist()
-    size, dev = max(round(s.train * n), 1), round(s.dev * n)
-    found = []
-    for i in range(s.splits):
-        train = order[i * size : (i + 1) * size]
-        rest = [*order[(i + 1) * size :], *order[: i * size]]
-        for label in (SAT, DSAT):
-            there = sum(talks.truth[k] == label for k in train)
-            if there < LEAST:
-                raise Refused(
-                    f"config.spur.train={s.train} of {n} conversations: training part {i} has "
-                    f"{there} of {label!r}; it must have at least {LEAST}"
-                )
-        found.append(Split(train, rest[:dev], rest[dev:]))
-    return found
+    """Splits whose training parts share nothing; of each label every part has its share."""
+    s = config.spur
+    rng = np.random.default_rng(config.seed)
+    parts: list[tuple[list[int], list[int], list[int]]] = [([], [], []) for _ in range(s.splits)]
+    for label in (SAT, DSAT):
+        own = [i for i, found in enumerate(talks.truth) if found == label]
+        order = rng.permutation(own).tolist()
+        size, dev = _share(s.train, len(own)), _share(s.dev, len(own))
+        for i, (train, tuned, test) in enumerate(parts):
+            begin = i * size
+            rest = [*order[begin + size :], *order[:begin]]
+            train += order[begin : begin + size]
+            tuned += rest[:dev]
+            test += rest[dev:]
+    return [Split(*(rng.permutation(part).tolist() for part in own)) for own in parts]
 
 
 def domain_groups(config, talks: Talks) -> dict[str, set[str]]:

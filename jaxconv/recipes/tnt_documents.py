@@ -1,6 +1,7 @@
 """What a taxonomy is made of: conversations, or texts in a table, with what is known about them."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,14 @@ class Documents:
     turns: of each.
     meta: of each.
     test: indices of those that the taxonomy and the classifiers do not see.
+    empty: how many were left out because their user says nothing.
     """
 
     ids: Sequence[str]
     turns: Sequence[Sequence[Turn]]
     meta: Sequence[Mapping[str, Any]]
     test: Sequence[int]
+    empty: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,11 +77,13 @@ def documents(config, quarantine: Quarantine) -> Documents:
                 config.seed << 32, d.examples, held_out=True, stray=d.stray
             )
         ]
+    read = len(found) + len(apart)
+    found, apart = ([row for row in rows if user_text(row[1]).strip()] for rows in (found, apart))
     ids = [id for id, _, _ in (*found, *apart)]
     if len(set(ids)) < len(ids):
-        twice = next(id for id in ids if ids.count(id) > 1)
+        twice = next(id for id, count in Counter(ids).items() if count > 1)
         raise Refused(f"two documents have the id {twice!r}; every id may come once")
-    if apart:
+    if d.test_path:
         test = list(range(len(found), len(ids)))
     else:
         order = np.random.default_rng(config.seed).permutation(len(ids))
@@ -86,11 +91,16 @@ def documents(config, quarantine: Quarantine) -> Documents:
     if len(ids) - len(test) < _LEAST or len(test) < _LEAST:
         raise Refused(
             f"config.data.path={d.path!r}: {len(ids) - len(test)} documents to learn from and "
-            f"{len(test)} to test on; there must be at least {_LEAST} of both"
+            f"{len(test)} to test on, besides {read - len(ids)} whose user says nothing; there "
+            f"must be at least {_LEAST} of both"
         )
     everything = [*found, *apart]
     talks = Documents(
-        ids, [turns for _, turns, _ in everything], [meta for *_, meta in everything], test
+        ids,
+        [turns for _, turns, _ in everything],
+        [meta for *_, meta in everything],
+        test,
+        read - len(ids),
     )
     for field, key in (("gold", d.gold), ("second_gold", d.second_gold)):
         if key and not any(talks.known(key)):

@@ -201,11 +201,12 @@ def _languages(found: Found, config, talks: Documents, mined: "Mined") -> None:
         nmi = None
         if len(with_known) > 1:
             nmi = clustering_agreement(*map(list, zip(*with_known, strict=True))).nmi
-        found.languages.append([language, str(len(own)), *map(_cell, (covered, same, nmi))])
+        found.languages.append([language, *map(_cell, (covered, same, nmi))])
 
 
 def _cell(estimate: Estimate | None) -> str:
+    """With how many documents it is of."""
     if estimate is None:
         return ""
     low, high = estimate.ci95
-    return f"{estimate.value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{estimate.value:.3f} [{low:.3f}, {high:.3f}] ({estimate.n:,})"

@@ -1,5 +1,6 @@
 """How far a taxonomy and its classifiers agree with known classes, which nothing else sees."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -70,6 +71,9 @@ def against_known(
         found.notes.append(f"{gold!r} is known of no two documents that have a label.")
         return
     truth = [known[i] for i in compared]
+    if len(set(truth)) < 2:
+        found.notes.append(f"{gold!r} is {truth[0]!r} everywhere; there is nothing to compare.")
+        return
     _groups(found.results, "", [names[i] for i in compared], truth)
     if finer:
         _second(found, talks, mined, talks.known(finer))
@@ -187,7 +191,7 @@ def _columns(
     config,
     assigned: Sequence[str | None],
     classified: Sequence[str],
-    human: Sequence[str],
+    right: Sequence[str],
     meaning: Mapping[str, str],
 ) -> None:
     """Kappa of each two of the labellers on test documents, labels by the class they stand for."""
@@ -198,21 +202,25 @@ def _columns(
     labellers = {
         "assigned": [None if x is None else class_of(x) for x in assigned],
         "classifier": [class_of(x) for x in classified],
-        "human": list(human),
+        "known": list(right),
     }
-    for one in labellers:
-        row = [one]
-        for two in labellers:
-            pairs = [
-                (a, b)
-                for a, b in zip(labellers[one], labellers[two], strict=True)
-                if a is not None and b is not None
-            ]
-            if one == two or not pairs:
-                row.append("")
-                continue
+    kappas: dict[frozenset[str], Estimate] = {}
+    for one, two in itertools.combinations(labellers, 2):
+        pairs = [
+            (a, b)
+            for a, b in zip(labellers[one], labellers[two], strict=True)
+            if a is not None and b is not None
+        ]
+        if pairs:
             kappa = agreement(*map(list, zip(*pairs, strict=True)), seed=config.seed).kappa
-            row.append(f"{kappa.value:.3f} [{kappa.ci95[0]:.3f}, {kappa.ci95[1]:.3f}]")
-            if one != "human" and two == "human":
-                found.results[f"kappa/{one}_human"] = kappa
-        found.columns.append(row)
+            kappas[frozenset((one, two))] = kappa
+            if two == "known":
+                found.results[f"kappa/{one}_known"] = kappa
+    for one in labellers:
+        cells = (kappas.get(frozenset((one, two))) for two in labellers)
+        found.columns.append([one, *("" if k is None else _cell(k) for k in cells)])
+
+
+def _cell(kappa: Estimate) -> str:
+    low, high = kappa.ci95
+    return f"{kappa.value:.3f} [{low:.3f}, {high:.3f}] ({kappa.n:,})"

@@ -107,6 +107,7 @@ class Mined:
     second: labels inside a label, by its id; not there where it has too few documents.
     steps: how they came about.
     notes: on chains that ended without a table.
+    made_from: documents that the first level was made from.
     assigned: primary and applicable labels of each document, by its id; a document without a
         valid answer is not there.
     inside: the same of the second level.
@@ -118,6 +119,7 @@ class Mined:
     second: Mapping[int, Sequence[NumberedLabel]]
     steps: Sequence[Step]
     notes: Sequence[str]
+    made_from: int
     assigned: Mapping[str, Assignment]
     inside: Mapping[str, Assignment]
     embeddings: np.ndarray
@@ -127,7 +129,7 @@ class Mined:
 def mine(config, asked: Asking, talks: Documents) -> Mined:
     """Phase 1, and the labels of phase 2."""
     encoder = checks.naming(
-        "config.encoder.path: ",
+        "config.encoder: ",
         lambda: load_text_encoder(config.encoder.path, dim=config.encoder.dim or None),
     )
     texts = talks.texts
@@ -173,7 +175,17 @@ def mine(config, asked: Asking, talks: Documents) -> Mined:
             own = members[label.id]
             kept = f"assign_inside_{label.id}"
             inside |= assign(config, asked, talks, second[label.id], own, rules, keep=kept)
-    return Mined(labels, second, maker.steps, maker.notes, assigned, inside, embeddings, encoder)
+    return Mined(
+        labels,
+        second,
+        maker.steps,
+        maker.notes,
+        sum(i in summaries for i in sample),
+        assigned,
+        inside,
+        embeddings,
+        encoder,
+    )
 
 
 def _primary(assigned: Mapping[str, Assignment], id: str) -> int:

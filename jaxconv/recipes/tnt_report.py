@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxconv.evals.report import Report, escape, table
 from jaxconv.models.text_classifier import TextClassifier, save_text_classifier
-from jaxconv.recipes import tnt_page
+from jaxconv.recipes import tnt_page, tnt_rules
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.tnt_documents import Documents
 from jaxconv.recipes.tnt_tasks import OTHER, OTHER_ID, Assignment, NumberedLabel
@@ -16,12 +16,28 @@ from jaxconv.train.classifiers import Fitted
 from jaxconv.train.workdir import Workdir
 
 if TYPE_CHECKING:
-    from jaxconv.recipes.tnt_classifiers import Light
+    from jaxconv.recipes.tnt_classifiers import Light, Tried
     from jaxconv.recipes.tnt_known import Found
     from jaxconv.recipes.tnt_llm import Mined
     from jaxconv.recipes.tnt_tables import Step
 
 _EXAMPLES = 5  # of a label
+_EDITS = 3  # of a step
+_MEANING = """\
+- labelled: documents with a valid answer; coverage: of these, with a label that is not Other.
+- label_accuracy: how often the label that was given is chosen before a random other one, in both
+  orders of the two (an answer that changes with the order counts as half); relevance: how often the
+  label is said to fit. /random is the same with a random label in its place. Of documents to test
+  on.
+- …/classifier_assigned: the classifier against the labels that were given, of documents to test on
+  whose label is not Other; exact: with all labels that apply the same.
+- nmi, ari, purity: labels against known classes, of the documents that the taxonomy was made from
+  and others to learn from; …/second_level: labels of both levels against the finer classes.
+- assigned_accuracy, classifier_accuracy: of documents to test on, when every label stands for the
+  known class that is most frequent in it. kmeans_ctfidf: clusters of the same embeddings;
+  kmeans_smoothed: of embeddings averaged with their neighbours; gold: a classifier that is taught
+  the known classes.
+"""
 _LONGEST = 300  # characters of an example
 
 
@@ -140,8 +156,14 @@ def _labels_file(talks: Documents, mined: "Mined", found: "Found", workdir: Work
 
 def _measured(fitted: Fitted | None, failed: str) -> list[str]:
     if fitted is None:
-        return [failed, ""]
-    return [f"{fitted.nll:.3f}", f"{fitted.accuracy:.3f}"]
+        return [failed, "", ""]
+    nats = max(fitted.nll, 0.0)  # rounding may leave a little less than nothing
+    return [f"{nats:.3f}", f"{fitted.accuracy:.3f}", f"{fitted.kept_apart:,}"]
+
+
+def _taken(tried: "Tried", light: "Light") -> str:
+    own = tried.fitted is not None and tried.fitted.classifier is light.primary
+    return "taken" if own else ""
 
 
 def _shown(label: dict[str, Any]) -> list[str]:
@@ -149,6 +171,7 @@ def _shown(label: dict[str, Any]) -> list[str]:
 
 
 def _sections(report: Report, content: dict[str, Any], light: "Light", found: "Found") -> None:
+    report.sections["What the numbers are"] = _MEANING
     rows = []
     for label in content["labels"]:
         rows.append([str(label["id"]), *_shown(label)])
@@ -157,20 +180,29 @@ def _sections(report: Report, content: dict[str, Any], light: "Light", found: "F
     report.sections["Taxonomy"] = table(["id", "label", "description", "primary of"], rows)
     if found.columns:
         report.sections["Labellers"] = (
-            "Cohen's kappa on test documents; every label stands for the known class that is most "
-            "frequent in it among training documents.\n\n"
-            + table(["", "assigned", "classifier", "human"], found.columns)
+            "Cohen's kappa on test documents, with how many; every label stands for the known "
+            "class that is most frequent in it among training documents. Known classes are what "
+            "people gave where they did, and what was planted in the embedded world.\n\n"
+            + table(["", "assigned", "classifier", "known"], found.columns)
         )
     if found.languages:
         report.sections["By language"] = table(
-            ["language", "documents", "coverage", "classifier as assigned", "NMI"], found.languages
+            ["language", "coverage", "classifier as assigned", "NMI"], found.languages
         )
     if light.tried:
         rows = [
-            [one.method, one.setting, *_measured(one.fitted, one.failed)] for one in light.tried
+            [one.method, one.setting, *_measured(one.fitted, one.failed), _taken(one, light)]
+            for one in light.tried
         ]
-        report.sections["Classifiers"] = table(
-            ["method", "inverse penalty or width", "nats a document", "accuracy"], rows
+        report.sections["Classifiers"] = (
+            "On the part of the training documents that is kept apart and calibrates.\n\n"
+            + table(
+                [
+                    *("method", "inverse penalty or width", "nats a document", "accuracy"),
+                    *("documents", ""),
+                ],
+                rows,
+            )
         )
     steps = [
         [
@@ -179,7 +211,7 @@ def _sections(report: Report, content: dict[str, Any], light: "Light", found: "F
             step["kind"],
             "" if step["rating"] is None else str(step["rating"]),
             str(len(step["labels"])),
-            "; ".join(step["edits"][:3]),
+            "; ".join([*step["edits"][:_EDITS], *["…"][: len(step["edits"]) > _EDITS]]),
             {None: "", True: "better", False: "not better"}[step["chosen"]],
         ]
         for step in content["steps"]
@@ -202,11 +234,20 @@ def _notes(
         f"Taxonomy, assignment and judgements of {asked.who}; {mined.encoder.about}."
     )
     report.notes.append(
-        f"{len(mined.labels)} labels from {len(talks.train)} documents, {len(talks.test)} to test "
-        f"on; browse them in taxonomy.html."
+        f"Labels: {len(mined.labels)}, made from {mined.made_from} of {len(talks.train)} documents "
+        f"to learn from; {len(talks.test)} to test on. Browse them in taxonomy.html."
     )
+    if talks.empty:
+        report.notes.append(
+            f"Documents that were left out because their user says nothing: {talks.empty}."
+        )
+    if nameless := sum(tnt_rules.is_placeholder(label.name) for label in mined.labels):
+        report.notes.append(
+            f"{nameless} of {len(mined.labels)} labels have no name: their documents have no "
+            "phrase of their own in Latin letters, and rules translate nothing."
+        )
     report.notes += [*mined.notes, *found.notes]
-    if not asked.backend.is_model:
+    if asked.by_rules:
         report.notes.append(
             "label_accuracy and relevance are judged by words in common, which is no judgement of "
             "meaning."

@@ -359,5 +359,10 @@ def _names_of(phrases: Sequence[str], most: int) -> Iterator[str]:
             yield name
 
 
+def is_placeholder(name: str) -> bool:
+    """Whether it is what a cluster is called that no phrase names."""
+    return re.fullmatch(r"group ?\d+", name) is not None
+
+
 def _key(labels: Sequence[Label]) -> tuple[str, ...]:
     return tuple(f"{label.name}\0{label.description}" for label in labels)

@@ -152,7 +152,7 @@ def latin_guard(input: TableInput, found: Table | Update) -> str | None:
     """English, as far as letters tell it: a name in another script is not."""
     for label in found.labels:
         if not is_latin(label.name):
-            return f"the label {label.name!r} is not in English"
+            return f"the label {label.name!r} is not in English: its letters are not Latin"
     return None
 
 

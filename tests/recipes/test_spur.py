@@ -9,18 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxconv import launch
 from jaxconv.data.conversation import Conversation, Message, write_jsonl
 from jaxconv.data.quarantine import Quarantine
 from jaxconv.data.synthetic import satisfaction
+from jaxconv.errors import Refused
 from jaxconv.llm import Prompt, Settings
 from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.conversations import input_of
 from jaxconv.recipes import spur, spur_rubrics
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_rules import Cues
-from jaxconv.recipes.spur_talks import labelled
+from jaxconv.recipes.spur_talks import Talks, labelled
 from jaxconv.recipes.spur_tasks import SCORING, ScoringInput
 from jaxconv.train.config import load
 
@@ -123,10 +126,10 @@ def test_the_distilled_items_load_and_label(embedded):
     assert len(classifier.predict(["Thanks a lot.", "I said: again"])) == 2
 
 
-def test_training_parts_share_nothing_and_no_test_label_is_used():
+def test_training_parts_share_nothing_and_no_test_label_is_used(monkeypatch):
     config = load(CONFIG.removeprefix("--config=")).config
     config.data.examples = 200
-    talks = spur.labelled(config, None)
+    talks = labelled(config, Quarantine(Path("bad.jsonl")))
     splits = spur.splits_of(config, talks)
     trained = [i for split in splits for i in split.train]
     assert len(trained) == len(set(trained))
@@ -140,6 +143,7 @@ def test_training_parts_share_nothing_and_no_test_label_is_used():
         ],
     )
     config.spur.splits, config.control.shuffles = 1, 0
+    monkeypatch.setattr(spur, "splits_of", lambda config, talks: splits[:1])
     found = [
         spur.studied(config, Asking(Rules(), None, Settings(), workdir=None), t).trials[0]
         for t in (talks, turned)
@@ -167,16 +171,19 @@ def test_dialogues_with_ratings(capsys):
     assert launch.main([CONFIG, "--workdir=run", *options]) == 3  # one is in quarantine
     found = report()
     assert found["results"]["accuracy/spur"]["value"] == 1 and len(scores()) == 39
-    assert any("1 conversations were left out: label 'neutral'" in n for n in found["notes"])
+    assert any("that were left out: 1 label 'neutral'" in n for n in found["notes"])
     assert any("could not be read" in note for note in found["notes"])
     assert "accuracy/ceiling" not in found["baselines"]
     # By another neutral rating, which they are all below or above, labels are others.
     config = load(CONFIG.removeprefix("--config=")).config
     config.data.path = "talks.tsv"
-    for neutral, labels in ((4.5, {"dsat"}), (4.0, {"sat", "dsat"}), (0.5, {"sat"})):
+    for neutral, missing in ((4.5, "'sat'"), (4.0, ""), (0.5, "'dsat'")):
         config.data.neutral = neutral
-        talks = labelled(config, Quarantine(Path("quarantine.jsonl")))
-        assert set(talks.truth) == labels
+        if missing:
+            with pytest.raises(Refused, match=f"of 40 conversations .* none is {missing}"):
+                labelled(config, Quarantine(Path("quarantine.jsonl")))
+        else:
+            labelled(config, Quarantine(Path("quarantine.jsonl")))
 
 
 # ---------------------------------------------------------------- odd conversations
@@ -371,8 +378,15 @@ def test_one_split_has_a_control_too_and_no_domains_are_told():
         (["--config.spur.rubric_items=0"], "config.spur.rubric_items=0; it must be at least 1"),
         (["--config.control.shuffles=1"], "config.control.shuffles=1; it may be 0, or 2 and more"),
         (["--config.spur.rubric_items=11"], "it may be at most 10, so that R lies between"),
-        (["--config.encoder.path=nowhere"], "config.encoder.path: "),
-        (["--config.data.examples=50", "--config.spur.train=0.02"], "it must have at least 2"),
+        (["--config.encoder.path=nowhere"], "config.encoder: model path nowhere"),
+        (
+            ["--config.data.examples=50", "--config.spur.train=0.02"],
+            "that are 'sat' is 0; training parts need at least 2 of each label. Give more "
+            "conversations, or config.spur.train=0.1 with config.spur.splits=5",
+        ),
+        (["--config.seed=-1"], "config.seed=-1; it must be at least 0"),
+        (["--config.encoder.dim=99999"], "config.encoder: width is 99999; it may be at most 16384"),
+        (["--config.data.dsat=sat"], "config.data.sat='sat' and config.data.dsat='sat'; they must"),
     ],
 )
 def test_what_cannot_work_is_refused(arguments, line, capsys):
@@ -384,6 +398,47 @@ def test_what_cannot_work_is_refused(arguments, line, capsys):
 def test_files_without_labels_are_refused_with_what_is_there(capsys):
     write_jsonl(Path("talks.jsonl"), [talk("a", "hi", "yes", label="good")])
     assert launch.main([CONFIG, "--workdir=run", "--config.data.path=talks.jsonl"]) == 2
-    assert "no conversation has 'sat' or 'dsat' there in its meta (1 label 'good')" in (
+    assert "of 0 conversations that are labelled none is 'sat' (left out: 1 label 'good')" in (
         capsys.readouterr().err
     )
+    talks = [talk(f"{i}", "hi", "yes", label="sat") for i in range(20)]
+    write_jsonl(Path("talks.jsonl"), talks)
+    with Path("talks.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert launch.main([CONFIG, "--workdir=run", "--config.data.path=talks.jsonl"]) == 2
+    assert "of 20 conversations that are labelled none is 'dsat' (left out: 1 that cannot be" in (
+        capsys.readouterr().err
+    )
+
+
+def test_labels_may_have_other_names_and_stand_in_openais_rows_under_meta():
+    rows = [
+        {
+            "messages": [{"role": m.role, "content": m.content} for m in t.messages],
+            "meta": {"happy": int(t.meta["label"] == "sat"), "domain": t.meta["domain"]},
+        }
+        for t in satisfaction.conversations(0, 80)
+    ]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load(CONFIG.removeprefix("--config=")).config
+    config.data.path, config.data.label = "talks.jsonl", "happy"
+    config.data.sat, config.data.dsat = "1", "0"
+    talks = labelled(config, Quarantine(Path("bad.jsonl")))
+    assert talks.truth == [t.meta["label"] for t in satisfaction.conversations(0, 80)]
+
+
+@given(st.lists(st.booleans(), min_size=40, max_size=90), st.integers(1, 5), st.integers(0, 9))
+def test_every_part_has_its_share_of_each_label(labels, splits, seed):
+    config = load(CONFIG.removeprefix("--config=")).config
+    config.seed, config.spur.splits, config.spur.train = seed, splits, 0.2
+    truth = ["sat" if x else "dsat" for x in labels]
+    talks = Talks([str(i) for i in range(len(truth))], [], truth, [], {})
+    parts = spur.splits_of(config, talks)
+    trained = [i for part in parts for i in part.train]
+    assert len(set(trained)) == len(trained)
+    for part in parts:
+        assert sorted([*part.train, *part.dev, *part.test]) == list(range(len(truth)))
+        for label in ("sat", "dsat"):
+            share = sum(truth[i] == label for i in part.train)
+            assert share == int(0.2 * truth.count(label) + 1e-9)
+            assert any(truth[i] == label for i in part.test) == (label in truth)

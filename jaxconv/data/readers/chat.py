@@ -41,12 +41,17 @@ SHAREGPT_ROLES = {
 def read_openai(row: Row, name: str) -> list[Conversation]:
     """`{"messages": [{"role", "content", …}], …}`, OpenAI's chat and fine-tuning form.
 
-    What the row holds besides messages and id becomes `meta`. A tool's answer gets the name of the
+    What the row holds besides messages and id becomes `meta`, and so does what it holds under
+    `meta` or `metadata`. A tool's answer gets the name of the
     tool whose call it answers. A `weight` of 0, which takes an answer out of the loss, is not
     supported.
     """
     messages = openai_messages(take(row, "messages", list), "messages")
-    return [Conversation(row_id(row, ("id",), name), messages, rest(row, "id", "messages"))]
+    meta = rest(row, "id", "messages")
+    for field in ("metadata", "meta"):
+        if isinstance(meta.get(field), dict):
+            meta = {**meta.pop(field), **meta}
+    return [Conversation(row_id(row, ("id",), name), messages, meta)]
 
 
 def openai_messages(found: Sequence[Any], field: str) -> tuple[Message, ...]:
