@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from jaxconv import recipes
-from jaxconv.errors import Refused
+from jaxconv.errors import Failed, Refused
 from jaxconv.evals.report import Report
 from jaxconv.llm import Journal, Prompt, Settings, Task
 from jaxconv.llm.backends.base import Answer
@@ -137,6 +137,31 @@ def test_a_later_stage_is_refused_where_the_budget_is_spent(workdir):
         with pytest.raises(Refused, match="the budget is not enough for one call"):
             poor.ask(TASK, {"b": {"n": 2}})
         assert journal.costs() == journal_before
+
+
+def test_a_budget_that_was_used_up_on_the_way_is_a_failure_that_says_how_to_go_on(workdir):
+    with Journal(workdir.journal) as journal:
+        asked = asking(workdir, journal, Model(), budget_tokens=2000)
+        asked.ask(TASK, {"a": {"n": 1}})
+        with pytest.raises(Failed, match=r"the budget is used up.*larger config\.llm\.budget_usd"):
+            for n in range(2, 300):
+                asked.ask(TASK, {f"{n}": {"n": n}})
+        rich = asking(workdir, journal, Model(), budget_tokens=90_000)
+        assert values(rich.ask(TASK, {"a": {"n": 1}})) == {"a": 11}
+        assert rich.plans[0].calls == 0
+
+
+def test_what_an_unknown_price_comes_to_is_said_to_be_unknown(workdir):
+    model = Model()
+    model.price = None
+    with Journal(workdir.journal) as journal:
+        asked = asking(workdir, journal, model)
+        asked.ask(TASK, {"a": {"n": 1}}, keep="doubled")
+        report = Report(status="done")
+        asked.report(report)
+    assert report.cost == {"llm_calls": 1, "llm_tokens": 10} and not report.perf
+    assert any("What it cost is unknown: 'ten-more' has no price" in note for note in report.notes)
+    assert report.artifacts == {"answers": "artifacts/answers"}
 
 
 def test_a_dry_run_asks_nobody_and_goes_on_with_what_is_known(workdir):
