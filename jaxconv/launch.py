@@ -257,13 +257,17 @@ def _in_workdir(
     changed = configs.differences(identity["config"], resolved) if identity else []
     again = values.retry_failed or bool(changed)
     reported = tuple(f"config.{field}: " for field in getattr(recipe, "REPORTED", ()))
-    anew = any(difference.startswith(reported) for difference in changed)
+    made_of = recipe.made_of(loaded.config) if hasattr(recipe, "made_of") else {}
+    other = _changed_since(identity, made_of)
+    anew = bool(other) or any(difference.startswith(reported) for difference in changed)
     with processes.process_0_first("jaxconv: the report before"):
         status = _finished(workdir, again=again, anew=anew)
     if status is not None:
         return status
+    if other:
+        processes.say(f"changed since the last run: {'; '.join(other)}")
     fresh = identity is None
-    workdir.write_identity(resolved, preset=loaded.preset)
+    workdir.write_identity(resolved, preset=loaded.preset, made_of=made_of)
     try:
         return _train(recipe, loaded.config, workdir, retry_failed=values.retry_failed)
     except Refused:
@@ -275,6 +279,14 @@ def _in_workdir(
         raise
     finally:
         clock.end()
+
+
+def _changed_since(identity: dict[str, Any] | None, made_of: dict[str, str]) -> list[str]:
+    """Which of the prompts and files that a recipe depends on the last run did not have so."""
+    before = (identity or {}).get("made_of")
+    if before is None:
+        return []
+    return [name for name, content in made_of.items() if before.get(name) != content]
 
 
 def _check_flags(values: flags.FlagValues) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxconv.evals.statistics import Estimate
+from jaxconv.evals.statistics import Estimate, with_repetitions
 
 _RESAMPLES = 2000
 _AT_ONCE = 2_000_000  # numbers of a bootstrap in memory together
@@ -13,8 +13,9 @@ _AT_ONCE = 2_000_000  # numbers of a bootstrap in memory together
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over splits; intervals are percentiles of a bootstrap over the labelled things, each of
-    which is drawn with all that was predicted for it.
+    """Means over splits. Intervals are percentiles of a bootstrap over the labelled things, each of
+    which is drawn with all that was predicted for it, widened by how much splits differ: what was
+    learned in each is drawn too.
 
     Attributes:
         accuracy: share that is right.
@@ -69,12 +70,15 @@ def weighted_scores(
         _scores(_summed(rng.multinomial(m, count_U / m, size=size), onehot_SUC), k)
         for size in _parts(_RESAMPLES, at_once)
     ]
-    low_high = np.nanquantile(np.concatenate(drawn, axis=1), (0.025, 0.975), axis=1)
-    values = _scores(_summed(count_U[None], onehot_SUC), k)[:, 0]
+    means = np.concatenate([scores.mean(axis=1) for scores in drawn], axis=1)
+    low_high = np.nanquantile(means, (0.025, 0.975), axis=1)
+    values_5S = _scores(_summed(count_U[None], onehot_SUC), k)[..., 0]
     return Scores(
         *(
-            Estimate(float(value), (float(low), float(high)), m, "rate")
-            for value, low, high in zip(values, *low_high, strict=True)
+            with_repetitions(
+                Estimate(float(own_S.mean()), (float(low), float(high)), m, "rate"), own_S
+            )
+            for own_S, low, high in zip(values_5S, *low_high, strict=True)
         )
     )
 
@@ -89,7 +93,7 @@ def _summed(weights_BU: np.ndarray, onehot_SUC: np.ndarray) -> np.ndarray:
 
 
 def _scores(counts_SBC: np.ndarray, k: int) -> np.ndarray:
-    """float64 [5, B]: accuracy, balanced accuracy, precision, recall, F1, means over splits."""
+    """float64 [5, S, B]: accuracy, balanced accuracy, precision, recall, F1 of each split."""
     table = counts_SBC.reshape(*counts_SBC.shape[:-1], k, k)  # right label, predicted label
     hit, right, said = np.einsum("...ii->...i", table), table.sum(-1), table.sum(-2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -100,4 +104,4 @@ def _scores(counts_SBC: np.ndarray, k: int) -> np.ndarray:
         accuracy = hit.sum(-1) / right.sum(-1)
         balanced = recall.sum(-1) / (right > 0).sum(-1)
     weighted = [(share * x).sum(-1) for x in (precision, recall, f1)]
-    return np.stack([x.mean(axis=0) for x in (accuracy, balanced, *weighted)])
+    return np.stack([accuracy, balanced, *weighted])

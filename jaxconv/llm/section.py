@@ -1,10 +1,13 @@
 """The section `config.llm` of recipes that ask language models, and what is made of it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxconv import storage
+from jaxconv.data.fingerprint import fingerprint
 from jaxconv.errors import Refused
 from jaxconv.llm.backends import local, openai
 from jaxconv.llm.backends.base import Backend
@@ -13,6 +16,7 @@ from jaxconv.llm.backends.replay import Replay
 from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.prices import price_of
 from jaxconv.llm.settings import EXECUTORS, Settings
+from jaxconv.llm.task import Task
 
 BACKENDS = ("auto", "openai", "openai_batch", "local", "rules", "replay")
 _BATCH_S = 26 * 3600.0  # a batch API promises its answers within a day
@@ -174,3 +178,16 @@ def settings_of(config) -> Settings:
         executor=llm.executor,
         workers=llm.workers,
     )
+
+
+def made_of(tasks: Iterable[Task], *paths: str) -> dict[str, str]:
+    """What a run depends on besides its config: the prompts of its tasks, and its files, or those
+    in its folders. What is on an object store, or gone, is not told."""
+    found = {f"the prompt of {task.name}": task.prompt.version for task in tasks}
+    for path in filter(None, paths):
+        root = Path(path)
+        if not storage.is_url(path) and root.exists():
+            files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.is_file())
+            told = fingerprint(files, root)
+            found |= {f"the file {name}": content for name, content in told.items()}
+    return found

@@ -56,6 +56,11 @@ def check(config) -> None:
         )
 
 
+def made_of(config) -> dict[str, str]:
+    """The prompt and the file: with others a finished run is begun again."""
+    return section.made_of([_task(config).task], config.data.path)
+
+
 def run(config, workdir: Workdir, *, retry_failed: bool = False) -> Report:
     """Labels, writes `artifacts/labels.jsonl` and reports. `retry_failed` asks again for rows that
     were given up."""

@@ -26,9 +26,11 @@ from jaxconv.errors import Refused
 from jaxconv.evals.report import Report
 from jaxconv.llm import section
 from jaxconv.models.text_encoder import TextEncoder, load_text_encoder
-from jaxconv.recipes import spur_baselines, spur_report
+from jaxconv.recipes import spur_baselines, spur_report, spur_tasks
 from jaxconv.recipes.asking import Asking, NoAnswer, add_quarantine, asking, dry_asking
 from jaxconv.recipes.spur_analysis import points_of, satisfaction_of
+from jaxconv.recipes.spur_baselines import Inputs
+from jaxconv.recipes.spur_features import hand_features
 from jaxconv.recipes.spur_rubrics import (
     Part,
     Rubrics,
@@ -68,6 +70,11 @@ def check(config) -> None:
         )
     if not 0 <= config.data.noise <= 0.5:
         raise Refused(f"config.data.noise={config.data.noise}; it may be from 0 to 0.5")
+    if config.data.test_path and not config.data.path:
+        raise Refused(
+            f"config.data.test_path={config.data.test_path!r} without config.data.path; give both "
+            "or none"
+        )
     if config.data.sat == config.data.dsat:
         raise Refused(
             f"config.data.sat={config.data.sat!r} and config.data.dsat={config.data.dsat!r}; they "
@@ -84,6 +91,11 @@ def check(config) -> None:
             f"config.spur.train={s.train} and config.spur.dev={s.dev} leave nothing to test on; "
             "their sum must be below 1"
         )
+
+
+def made_of(config) -> dict[str, str]:
+    """Prompts and files: with others a finished run goes on, and asks what depends on them."""
+    return section.made_of(spur_tasks.TASKS, config.data.path, config.data.test_path)
 
 
 def run(config, workdir: Workdir, *, retry_failed: bool = False) -> Report:
@@ -116,7 +128,8 @@ class Trial:
     Attributes:
         split: which conversations are what.
         rubrics: that were learned.
-        points: int8 [conversations, items], scores; -1 in the row of one without a valid answer.
+        points: int8 [conversations, items], scores; -1 in the row of one without a valid answer, or
+            that is in no part of the split.
         threshold: tuned on the dev part.
         predicted: by method, a label for each conversation; None outside the test part, and where
             there is no valid answer.
@@ -174,13 +187,13 @@ def studied(config, asked: Asking, talks: Talks) -> Study:
     for name in own:
         if isinstance(learned[name], NoAnswer):
             raise learned[name]
-    everything = range(len(talks))
+    inputs = Inputs(embeddings, np.stack([hand_features(turns) for turns in talks.turns]))
     trials, first = [], {}
     for i, (name, split) in enumerate(zip(own, splits, strict=True)):
-        scores = _scored(asked, talks, everything, learned[name], name)
+        scores = _scored(asked, talks, [*split.train, *split.dev, *split.test], learned[name], name)
         first = first or scores
         points = points_of(scores, talks.ids, learned[name].items)
-        trials.append(_trial(config, asked, talks, split, learned[name], points, embeddings, i))
+        trials.append(_trial(config, asked, talks, split, learned[name], points, inputs, i))
     notes = [
         f"Left out, {learned[name]}." for name in learned if isinstance(learned[name], NoAnswer)
     ]
@@ -196,7 +209,7 @@ def studied(config, asked: Asking, talks: Talks) -> Study:
 def _scored(
     asked: Asking, talks: Talks, indices: Sequence[int], rubrics: Rubrics, name: str
 ) -> dict[str, ItemScores]:
-    turns = {talks.ids[i]: talks.turns[i] for i in indices}
+    turns = {talks.ids[i]: talks.turns[i] for i in sorted(indices)}
     return score(asked, turns, rubrics, keep=f"score_{name}")
 
 
@@ -207,7 +220,7 @@ def _trial(
     split: Split,
     rubrics: Rubrics,
     points_NI: np.ndarray,
-    embeddings: np.ndarray,
+    inputs: Inputs,
     number: int,
 ) -> Trial:
     r = satisfaction_of(points_NI, rubrics.items)
@@ -217,7 +230,7 @@ def _trial(
         "spur": predict(points_NI, rubrics.items, threshold),
         "spur_threshold_0": predict(points_NI, rubrics.items, 0.0),
         **spur_baselines.predictions(
-            config, asked, talks, trial, embeddings, seed=config.seed + number
+            config, asked, talks, trial, inputs, seed=config.seed + number
         ),
     }
     tested = {name: _only(split.test, labels) for name, labels in said.items()}

@@ -11,7 +11,7 @@ from jaxconv.models.classifier import Classifier
 from jaxconv.recipes.spur_tasks import DSAT, SAT, ItemScores, NumberedItem
 from jaxconv.train.classifiers import fit_classifier
 
-_LEAST = 5  # conversations that show an item, in each half, for it to be distilled
+_LEAST = 5  # conversations that show an item, and do not, in each half, for it to be distilled
 _RESAMPLES = 500
 
 
@@ -132,7 +132,8 @@ def distil(
     known = np.flatnonzero((points_NI >= 0).all(axis=1))
     shown_NI = points_NI[known] > 0
     half = np.random.default_rng(seed).permutation(len(known)) % 2 == 0
-    counts = np.minimum(shown_NI[half].sum(0), shown_NI[~half].sum(0))
+    parts = (shown_NI[half], shown_NI[~half])
+    counts = np.min([np.minimum(x.sum(0), (~x).sum(0)) for x in parts], axis=0)
     kept = [k for k in range(len(items)) if counts[k] >= _LEAST]
     if not kept:
         return Distilled(None, {}, None)

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxconv.recipes.asking import Asking
-from jaxconv.recipes.spur_features import by_known_words, by_nearest_example, hand_features
+from jaxconv.recipes.spur_features import by_known_words, by_nearest_example
 from jaxconv.recipes.spur_talks import Split, Talks
 from jaxconv.recipes.spur_tasks import (
     CLASSIFICATION,
@@ -29,21 +30,34 @@ ASKED = (ZERO_SHOT, FEW_SHOT)
 _INVERSE_PENALTIES, _STEPS = (0.1, 1.0, 10.0, 100.0), 5000  # of logistic regressions
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What classifiers read.
+
+    Attributes:
+        embeddings: float32 [conversations, width].
+        hand: float64 [conversations, features], as `hand_features` counts them.
+    """
+
+    embeddings: np.ndarray
+    hand: np.ndarray
+
+
 def predictions(
-    config, asked: Asking, talks: Talks, trial: "Trial", embeddings: np.ndarray, *, seed: int
+    config, asked: Asking, talks: Talks, trial: "Trial", inputs: Inputs, *, seed: int
 ) -> dict[str, list[str | None]]:
     """By method, a label for each conversation; None where there is no valid answer."""
     train, labels = trial.split.train, [talks.truth[i] for i in trial.split.train]
-    hand_NF = np.stack([hand_features(turns) for turns in talks.turns])
-    hand_NF = (hand_NF - hand_NF[train].mean(0)) / (hand_NF[train].std(0) + 1e-9)
+    known_NF = inputs.hand[train]
+    hand_NF = (inputs.hand - known_NF.mean(0)) / (known_NF.std(0) + 1e-9)
     everybody = np.ones(len(talks), bool)
     scored = (trial.points >= 0).all(axis=1)
     rubric_NI = np.maximum(trial.points, 0) / MAX_SCORE
-    with_rubric = np.concatenate([embeddings, rubric_NI], axis=1)
+    with_rubric = np.concatenate([inputs.embeddings, rubric_NI], axis=1)
     return {
         "majority": [max((SAT, DSAT), key=labels.count)] * len(talks),
         "hand_features": _logistic(hand_NF, talks.truth, trial.split, everybody),
-        "embedding": _logistic(embeddings, talks.truth, trial.split, everybody),
+        "embedding": _logistic(inputs.embeddings, talks.truth, trial.split, everybody),
         "rubric_scores": _logistic(rubric_NI, talks.truth, trial.split, scored),
         "embedding_and_rubric": _logistic(with_rubric, talks.truth, trial.split, scored),
         **_asked(config, asked, talks, trial, seed),

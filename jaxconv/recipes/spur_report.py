@@ -1,5 +1,6 @@
 """What SPUR's study comes to: numbers with intervals, tables, and files that say why."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from jaxconv.data.synthetic import satisfaction
 from jaxconv.errors import Failed
 from jaxconv.evals.classification import weighted_scores
 from jaxconv.evals.report import Report, escape, table
-from jaxconv.evals.statistics import Estimate, bootstrap_mean, mean_of_few, proportion
+from jaxconv.evals.statistics import Estimate, bootstrap_mean, proportion, with_repetitions
+from jaxconv.llm.conversations import Turn
 from jaxconv.models.text_classifier import TextClassifier, save_text_classifier
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_analysis import (
@@ -23,7 +25,7 @@ from jaxconv.recipes.spur_analysis import (
 )
 from jaxconv.recipes.spur_baselines import ASKED
 from jaxconv.recipes.spur_talks import LEAST, Talks, domain_groups
-from jaxconv.recipes.spur_tasks import ItemScore, ItemScores
+from jaxconv.recipes.spur_tasks import SAT, ItemScore, ItemScores
 from jaxconv.train import atomic
 from jaxconv.train.workdir import Workdir
 
@@ -79,9 +81,11 @@ def _methods(report: Report, config, asked: Asking, talks: Talks, study: "Study"
     thresholds = ", ".join(f"{trial.threshold:g}" for trial in study.trials)
     report.sections["Methods"] = (
         f"Weighted scores on test parts, means over {len(study.trials)} splits; intervals are over "
-        "conversations. spur calls a user satisfied where R is above a threshold that is tuned on "
-        f"the dev part ({thresholds}), spur_threshold_0 where it is above 0. A method leaves out "
-        "what it has no valid answer for.\n\n"
+        "conversations and over what is learned in each split. spur calls a user satisfied where R "
+        "is above a threshold that is tuned on "
+        f"the dev part ({thresholds}), spur_threshold_0 where it is above 0. few_shot has "
+        f"{config.spur.shots} examples of each label. A method leaves out what it has no valid "
+        "answer for.\n\n"
         + table(
             ["method", "answers of", "precision", "recall", "F1", "accuracy", "conversations"], rows
         )
@@ -96,24 +100,40 @@ def _methods(report: Report, config, asked: Asking, talks: Talks, study: "Study"
     if control is not None:
         report.baselines["balanced_accuracy/shuffled_labels"] = control
     if not config.data.path:
+        leans = [satisfaction.word_list(_said(talks.turns[i])) for i in tested]
+        right = [
+            0.5 if not lean else float((lean > 0) == (talks.truth[i] == SAT))
+            for i, lean in zip(tested, leans, strict=True)
+        ]
+        report.baselines["accuracy/all_words"] = bootstrap_mean(
+            right, seed=config.seed, unit="rate"
+        )
         ceiling = satisfaction.ceiling(config.data.noise)
-        report.baselines["accuracy/ceiling"] = Estimate(ceiling, None, len(talks), "rate")
+        report.baselines["accuracy/ceiling"] = Estimate(ceiling, None, len(tested), "rate")
+
+
+def _said(turns: Sequence[Turn]) -> list[str]:
+    return [turn.content for turn in turns if turn.role == "user"]
 
 
 def _against_baselines(report: Report, talks: Talks, study: "Study", *, seed: int) -> None:
     """How much more often right SPUR is than others about the same conversations."""
     for name in ("embedding", *ASKED):
-        differences, owners = [], []
+        values, owners, means = [], [], []
         for trial in study.trials:
             both = zip(trial.predicted["spur"], trial.predicted[name], talks.truth, strict=True)
-            for i, (own, other, truth) in enumerate(both):
-                if own is not None and other is not None:
-                    differences.append((own == truth) - float(other == truth))
-                    owners.append(i)
+            differences = {
+                i: (own == truth) - float(other == truth)
+                for i, (own, other, truth) in enumerate(both)
+                if own is not None and other is not None
+            }
+            if differences:
+                values += differences.values()
+                owners += differences
+                means.append(np.mean(list(differences.values())))
         if len(set(owners)) > 1:
-            report.results[f"gain/accuracy_over_{name}"] = bootstrap_mean(
-                differences, clusters=owners, seed=seed, unit="rate"
-            )
+            gain = bootstrap_mean(values, clusters=owners, seed=seed, unit="rate")
+            report.results[f"gain/accuracy_over_{name}"] = with_repetitions(gain, means)
 
 
 def _silent(report: Report, study: "Study", tested: Sequence[int]) -> None:
@@ -132,23 +152,17 @@ def _silent(report: Report, study: "Study", tested: Sequence[int]) -> None:
 
 
 def _by_chance(talks: Talks, study: "Study", *, seed: int) -> Estimate | None:
-    """Balanced accuracy with shuffled labels. The interval is as wide as that over repetitions and
-    that over conversations together: repetitions differ in what they learned, and share whom they
-    are tested on."""
+    """Balanced accuracy with shuffled labels; n is the number of repetitions."""
     values = [balanced_accuracy(labels, talks.truth) for labels in study.shuffled]
-    kept = [(v, own) for v, own in zip(values, study.shuffled, strict=True) if v is not None]
+    kept = [own for value, own in zip(values, study.shuffled, strict=True) if value is not None]
     if len(kept) < 2:
         return None
-    repeated = mean_of_few([value for value, _ in kept], unit="rate")
-    drawn = weighted_scores([labels for _, labels in kept], talks.truth, seed=seed).balanced
-    half = np.hypot(*(np.diff(one.ci95)[0] / 2 for one in (repeated, drawn)))
-    return Estimate(
-        repeated.value, (repeated.value - half, repeated.value + half), len(kept), "rate"
-    )
+    found = weighted_scores(kept, talks.truth, seed=seed).balanced
+    return dataclasses.replace(found, n=len(kept))
 
 
 def _languages(report: Report, config, talks: Talks, study: "Study") -> None:
-    found = [str(meta.get("language", "")) for meta in talks.meta]
+    found = [str(meta.get(config.data.language) or "") for meta in talks.meta]
     rows = []
     for language in sorted({x for x in found if x}):
         own = [i for i, x in enumerate(found) if x == language]
@@ -176,7 +190,7 @@ def _transfer(report: Report, config, talks: Talks, study: "Study") -> None:
     if not rows:
         return
     lost = []
-    for name in {tested for _, tested in study.transfer}:
+    for name in sorted({tested for _, tested in study.transfer}):
         rubrics = {learned: labels for (learned, t), labels in study.transfer.items() if t == name}
         own = rubrics.pop(name, [None] * len(talks))
         for other in rubrics.values():
@@ -285,7 +299,7 @@ def _scores_file(
     names = {item.id: item.name for item in trial.rubrics.items}
     part = {i: name for name in ("train", "dev", "test") for i in getattr(trial.split, name)}
     lines = []
-    for i, id in sorted(enumerate(talks.ids), key=lambda pair: pair[1]):
+    for i, id in sorted(((i, talks.ids[i]) for i in part), key=lambda pair: pair[1]):
         row = {"id": id, "part": part[i], "label": talks.truth[i]}
         if id in scores:
             r = scores[id].satisfaction
@@ -341,7 +355,8 @@ def _notes(report: Report, config, asked: Asking, talks: Talks, study: "Study") 
     if not config.data.path:
         report.notes.append(
             f"Embedded conversations, a cause of the other side in {config.data.noise:.0%}; the "
-            "ceiling is who knows every cause and the odds."
+            "ceiling, which is computed, is who knows every cause and the odds; all_words is who "
+            "has a list of every way to put one."
         )
     report.notes.append(f"Rubrics and scores of {asked.who}; {study.encoder.about}.")
     report.notes += study.notes

@@ -136,7 +136,7 @@ class Cues:
             said = ", ".join(f"“{quote}”" for quote in group[:2])
             items.append(
                 RubricItem(
-                    name=group[0][:80],
+                    name=_unused(group, items),
                     description=f"The user says something like {said}.",
                     examples=group[:MAX_EXAMPLES],
                 )
@@ -198,6 +198,13 @@ class Cues:
             found[key] = int(near.argmax()), float(near.max())
         best, near = found[key]
         return examples[best], near
+
+
+def _unused(group: Sequence[str], items: Sequence[RubricItem]) -> str:
+    """A name that no item has: the most telling quote that is none, or that with a number."""
+    taken = {item.name.casefold() for item in items}
+    names = itertools.chain(group, (f"{n}: {group[0]}" for n in itertools.count(2)))
+    return next(name[:80] for name in names if name[:80].casefold() not in taken)
 
 
 def _log_odds(

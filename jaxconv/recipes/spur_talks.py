@@ -31,6 +31,8 @@ class Talks:
         truth: SAT or DSAT.
         meta: of each.
         left_out: how many were not taken, by why.
+        apart: indices of those that are tested on alone; where there are none, every split tests on
+            what it does not learn from.
     """
 
     ids: Sequence[str]
@@ -38,6 +40,7 @@ class Talks:
     truth: Sequence[str]
     meta: Sequence[Mapping]
     left_out: Mapping[str, int]
+    apart: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,40 +52,43 @@ def labelled(config, quarantine: Quarantine) -> Talks:
     Raises:
         Refused: there are too few of a label, or two have one id.
     """
-    source: Sequence[Conversation]
-    if config.data.path:
-        source = checks.naming(
-            "config.data.path: ",
-            lambda: open_source(config.data.path, config.data.format, quarantine),
-        )
-        if isinstance(source[0], PreferencePair):
-            raise Refused(
-                f"config.data.path={config.data.path!r} holds preference pairs; it must hold "
-                "conversations"
-            )
+    d = config.data
+    sources: list[Sequence[Conversation]]
+    if d.path:
+        sources = [_opened(config, "path", quarantine)]
+        if d.test_path:
+            sources.append(_opened(config, "test_path", quarantine))
     else:
-        source = satisfaction.conversations(
-            config.seed << 32, config.data.examples, noise=config.data.noise, held_out=True
-        )
-    is_rated = getattr(source, "format", "") == "rated"
-    named = {config.data.sat: SAT, config.data.dsat: DSAT} if config.data.path else {}
+        first, apart = config.seed << 32, d.examples // 3
+        options = {"noise": d.noise}
+        sources = [
+            satisfaction.conversations(first, d.examples - apart, **options),
+            satisfaction.conversations(first + d.examples - apart, apart, held_out=True, **options),
+        ]
+    named = {d.sat: SAT, d.dsat: DSAT} if d.path else {}
     taken, truth, left_out = [], [], {}
-    for talk in source:
-        found = talk.meta.get(config.data.label)
-        if is_rated:
-            found = dialogue_label(talk.meta["overall"], talk.meta["ratings"], config.data.neutral)
-        label = found if is_rated or not config.data.path else named.get(str(found))
-        if label not in (SAT, DSAT):
-            why = f"label {found!r}" if found is not None else "without a label"
-        elif not any(m.role == "user" and m.content.strip() for m in talk.messages):
-            why = "without a word of the user's"
-        else:
-            taken.append(talk)
-            truth.append(label)
-            continue
-        left_out[why] = left_out.get(why, 0) + 1
+    begin = None  # of those that are tested on alone
+    for number, source in enumerate(sources):
+        begin = len(taken) if number else begin
+        is_rated = getattr(source, "format", "") == "rated"
+        for talk in source:
+            found = talk.meta.get(d.label)
+            if is_rated:
+                found = dialogue_label(talk.meta["overall"], talk.meta["ratings"], d.neutral)
+            label = found if is_rated or not d.path else named.get(str(found))
+            if label not in (SAT, DSAT):
+                why = f"label {found!r}" if found is not None else "without a label"
+            elif not any(m.role == "user" and m.content.strip() for m in talk.messages):
+                why = "without a word of the user's"
+            else:
+                taken.append(talk)
+                truth.append(label)
+                continue
+            left_out[why] = left_out.get(why, 0) + 1
     unread = {"that cannot be read": len(quarantine)} if len(quarantine) else {}
-    _refuse_too_few(config, truth, left_out | unread)
+    _refuse_too_few(config, truth[:begin], left_out | unread)
+    if begin == len(taken):
+        raise Refused(f"config.data.test_path={d.test_path!r} holds no labelled conversation")
     ids = [talk.id for talk in taken]
     if len(set(ids)) < len(ids):
         twice = next(id for id, count in Counter(ids).items() if count > 1)
@@ -93,7 +99,20 @@ def labelled(config, quarantine: Quarantine) -> Talks:
         truth,
         [talk.meta for talk in taken],
         left_out,
+        frozenset(range(begin, len(taken))) if begin is not None else frozenset(),
     )
+
+
+def _opened(config, field: str, quarantine: Quarantine) -> Sequence[Conversation]:
+    path = config.data[field]
+    source = checks.naming(
+        f"config.data.{field}: ", lambda: open_source(path, config.data.format, quarantine)
+    )
+    if isinstance(source[0], PreferencePair):
+        raise Refused(
+            f"config.data.{field}={path!r} holds preference pairs; it must hold conversations"
+        )
+    return source
 
 
 def _refuse_too_few(config, truth: Sequence[str], left_out: Mapping[str, int]) -> None:
@@ -134,12 +153,14 @@ class Split:
 
 
 def splits_of(config, talks: Talks) -> list[Split]:
-    """Splits whose training parts share nothing; of each label every part has its share."""
+    """Splits whose training parts share nothing; of each label every part has its share of what is
+    not apart."""
     s = config.spur
     rng = np.random.default_rng(config.seed)
     parts: list[tuple[list[int], list[int], list[int]]] = [([], [], []) for _ in range(s.splits)]
     for label in (SAT, DSAT):
-        own = [i for i, found in enumerate(talks.truth) if found == label]
+        own = [i for i, x in enumerate(talks.truth) if x == label and i not in talks.apart]
+        apart = [i for i in sorted(talks.apart) if talks.truth[i] == label]
         order = rng.permutation(own).tolist()
         size, dev = _share(s.train, len(own)), _share(s.dev, len(own))
         for i, (train, tuned, test) in enumerate(parts):
@@ -147,7 +168,7 @@ def splits_of(config, talks: Talks) -> list[Split]:
             rest = [*order[begin + size :], *order[:begin]]
             train += order[begin : begin + size]
             tuned += rest[:dev]
-            test += rest[dev:]
+            test += apart if talks.apart else rest[dev:]
     return [Split(*(rng.permutation(part).tolist() for part in own)) for own in parts]
 
 

@@ -67,14 +67,19 @@ def _quotes_of_the_user(input: ExtractionInput, found: Patterns) -> str | None:
     )
 
 
+def _spelt(text: str) -> str:
+    """In one of the ways to write it, as "thumbs-up" for "Thumbs up"."""
+    return text.casefold().replace(" ", "-")
+
+
 def _label_not_told(input: ExtractionInput, found: Patterns) -> str | None:
     """A reason may speak of ratings and labels where the user does."""
-    said = " ".join(turn.content for turn in input.turns if turn.role == "user").casefold()
+    said = _spelt(" ".join(turn.content for turn in input.turns if turn.role == "user"))
     return _joined(
         [
             f"patterns[{i}].pattern mentions {told[0]!r}; it must be about the conversation"
             for i, pattern in enumerate(found.patterns)
-            if (told := _LABEL_WORDS.search(pattern.pattern)) and told[0].casefold() not in said
+            if (told := _LABEL_WORDS.search(pattern.pattern)) and _spelt(told[0]) not in said
         ]
     )
 
@@ -227,3 +232,5 @@ CLASSIFICATION = Task(
     max_tokens=64,
     temperature_step=_WARMER,
 )
+
+TASKS = (EXTRACTION, SUMMARY, SCORING, CLASSIFICATION)

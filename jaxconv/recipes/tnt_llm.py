@@ -24,16 +24,18 @@ from jaxconv.errors import Failed, Refused
 from jaxconv.evals.report import Report
 from jaxconv.llm import section
 from jaxconv.models.text_encoder import TextEncoder, load_text_encoder
-from jaxconv.recipes import tnt_classifiers, tnt_evaluation, tnt_report, tnt_rules
+from jaxconv.recipes import tnt_classifiers, tnt_evaluation, tnt_report, tnt_rules, tnt_tasks
 from jaxconv.recipes.asking import Asking, add_quarantine, asking, dry_asking
 from jaxconv.recipes.tnt_documents import FORMAT_NAMES, Documents, documents
 from jaxconv.recipes.tnt_tables import Place, Step, TableMaker
 from jaxconv.recipes.tnt_tasks import (
     ASSIGNMENT,
+    OTHER,
     OTHER_ID,
     SUMMARY,
     Assignment,
     AssignmentInput,
+    Named,
     NumberedLabel,
     SummaryInput,
     numbered,
@@ -70,6 +72,11 @@ def check(config) -> None:
             f"config.data.test_path={config.data.test_path!r} without config.data.path; give both "
             "or none"
         )
+
+
+def made_of(config) -> dict[str, str]:
+    """Prompts and files: with others a finished run goes on, and asks what depends on them."""
+    return section.made_of(tnt_tasks.TASKS, config.data.path, config.data.test_path)
 
 
 def run(config, workdir: Workdir, *, retry_failed: bool = False) -> Report:
@@ -243,4 +250,15 @@ def assign(
         )
         for i in indices
     }
-    return {id: r.value for id, r in asked.ask(task, inputs, keep=keep).items() if r.ok}
+    names = {OTHER_ID: OTHER} | {label.id: label.name for label in labels}
+
+    def named(found: Assignment) -> Assignment:
+        """With the names as the table has them, however they were spelt, and none twice."""
+        ids = dict.fromkeys(label.id for label in found.applicable)
+        return Assignment(
+            primary=Named(id=found.primary.id, name=names[found.primary.id]),
+            applicable=[Named(id=id, name=names[id]) for id in ids],
+        )
+
+    results = asked.ask(task, inputs, keep=keep)
+    return {id: named(r.value) for id, r in results.items() if r.ok}

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxconv.evals.report import Report, escape, table
+from jaxconv.evals.report import Report, table
 from jaxconv.models.text_classifier import TextClassifier, save_text_classifier
 from jaxconv.recipes import tnt_page, tnt_rules
 from jaxconv.recipes.asking import Asking
@@ -255,7 +255,7 @@ def _notes(
     if found.flips is not None:
         report.notes.append(f"Forced choices changed with the order: {found.flips}.")
     if light.left_out:
-        shown = ", ".join(escape(name) for name in light.left_out[:5])
+        shown = ", ".join(light.left_out[:5])
         report.notes.append(
             f"{len(light.left_out)} labels have too few documents for the classifiers: {shown}."
         )

@@ -272,7 +272,7 @@ class TopicRules:
         for phrases in self._keyphrases(mixture):
             taken = {label.name.casefold() for label in labels}
             name = next(
-                (name for name in _names_of(phrases, input.name_words) if name not in taken),
+                (n for n in _names_of(phrases, input.name_words) if n.casefold() not in taken),
                 f"group{' ' if input.name_words > 1 else ''}{len(labels) + 1}",
             )
             said: list[str] = []

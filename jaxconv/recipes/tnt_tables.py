@@ -158,7 +158,7 @@ class TableMaker:
     ) -> Chain[tuple[list[Label], bool | None]]:
         """(the better table, whether it is the second one); None where nobody can tell."""
         if labels == best:
-            return best, True
+            return best, False
         vote = yield from self._vote([best, labels], given, name)
         return (labels if vote == 1 else best), None if vote is None else vote == 1
 

@@ -297,6 +297,9 @@ class Relevance(BaseModel):
 RELEVANCE = _task("relevance", "relevance", input=RelevanceInput, output=Relevance, max_tokens=32)
 
 
+TASKS = (SUMMARY, GENERATION, UPDATE, REVIEW, SELECTION, ASSIGNMENT, CHOICE, RELEVANCE)
+
+
 def numbered(labels: Sequence[Label]) -> list[NumberedLabel]:
     """With ids from 1."""
     return [NumberedLabel(id=i, **label.model_dump()) for i, label in enumerate(labels, 1)]

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
@@ -191,12 +192,16 @@ class Workdir:
                 f"{self.config} is not JSON ({error}); it must be the file that a run wrote"
             ) from None
 
-    def write_identity(self, config: dict[str, Any], *, preset: str) -> None:
+    def write_identity(
+        self, config: dict[str, Any], *, preset: str, made_of: Mapping[str, str] | None = None
+    ) -> None:
         """Writes `config.json`: the resolved config with all that a result depends on besides it.
 
         Args:
             config: the resolved config as plain JSON-able values, with `recipe` in it.
             preset: the variant of the config file that it came from.
+            made_of: prompts and files that a finished run is begun again for when they change, each
+                with what stands for its content.
         """
         if not self.is_writer:
             return
@@ -207,6 +212,7 @@ class Workdir:
                 "preset": preset,
                 "config_sha": config_sha(config),
                 "config": config,
+                "made_of": dict(made_of or {}),
                 "versions": versions(),
                 "devices": device_kinds(),
                 "git": git_revision(),

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -69,17 +70,20 @@ def embedded(tmp_path_factory) -> Path:
 
 def test_it_is_above_every_baseline_and_below_the_ceiling(embedded):
     found = report(embedded)
-    own, baselines = found["results"]["f1/spur"], found["baselines"]
-    for name in ("majority", "hand_features", "embedding", "zero_shot", "few_shot"):
-        assert own["ci95"][0] > baselines[f"f1/{name}"]["ci95"][1], name
-    accuracy = found["results"]["accuracy/spur"]
-    assert accuracy["ci95"][1] < baselines["accuracy/ceiling"]["value"]
-    assert baselines["accuracy/ceiling"]["value"] == pytest.approx(satisfaction.ceiling(0.15))
+    own, baselines = found["results"], found["baselines"]
+    for name in ("embedding", "zero_shot", "few_shot"):
+        assert own[f"gain/accuracy_over_{name}"]["ci95"][0] > 0, name
+    for name in ("majority", "hand_features", "zero_shot", "few_shot"):
+        assert own["f1/spur"]["ci95"][0] > baselines[f"f1/{name}"]["value"], name
+    listed, ceiling = baselines["accuracy/all_words"], baselines["accuracy/ceiling"]["value"]
+    assert own["accuracy/spur"]["value"] < listed["value"] < listed["ci95"][1] < ceiling
+    assert ceiling == pytest.approx(satisfaction.ceiling(0.15))
     shuffled = baselines["balanced_accuracy/shuffled_labels"]
-    assert shuffled["ci95"][0] <= 0.5 <= shuffled["ci95"][1] and shuffled["n"] == 5
-    assert found["results"]["balanced_accuracy/spur_threshold_0"]["ci95"][0] > shuffled["ci95"][1]
-    assert found["results"]["transfer/accuracy_lost"]["value"] > 0.01
-    assert found["results"]["distilled/auc"]["ci95"][0] > 0.7
+    assert shuffled["ci95"][0] <= 0.5 <= shuffled["ci95"][1] < 0.57 and shuffled["n"] == 5
+    assert own["balanced_accuracy/spur_threshold_0"]["ci95"][0] > shuffled["ci95"][1]
+    assert own["transfer/accuracy_lost"]["value"] > 0.01
+    assert own["distilled/auc"]["ci95"][0] > 0.7
+    assert 0 < own["shows_nothing"]["value"] < 0.5
     for kind in ("results", "baselines"):
         for name, number in found[kind].items():
             assert number["n"] > 0 and (number["ci95"] or name == "accuracy/ceiling")
@@ -87,10 +91,14 @@ def test_it_is_above_every_baseline_and_below_the_ceiling(embedded):
 
 def test_a_person_can_read_why(embedded):
     rows = scores(embedded)
-    assert len(rows) == 1000
+    parts = Counter(row["part"] for row in rows.values())
+    assert parts == {"train": 299, "dev": 199, "test": 1000}  # shares of each label, rounded down
     users = {
         talk.id: [m.content for m in talk.messages if m.role == "user"]
-        for talk in satisfaction.conversations(0, 1000, noise=0.15, held_out=True)
+        for talk in (
+            *satisfaction.conversations(0, 2000, noise=0.15),
+            *satisfaction.conversations(2000, 1000, noise=0.15, held_out=True),
+        )
     }
     told = 0
     for id, row in rows.items():
@@ -123,7 +131,8 @@ def test_the_distilled_items_load_and_label(embedded):
         for item in json.loads((embedded / "artifacts" / "rubrics.json").read_text())[0]["items"]
     }
     assert set(classifier.classifier.labels) <= known
-    assert len(classifier.predict(["Thanks a lot.", "I said: again"])) == 2
+    assert any(name.startswith("S") for name in classifier.predict(["Thanks a lot."])[0])
+    assert any(name.startswith("D") for name in classifier.predict(["This is useless."])[0])
 
 
 def test_training_parts_share_nothing_and_no_test_label_is_used(monkeypatch):
@@ -134,7 +143,9 @@ def test_training_parts_share_nothing_and_no_test_label_is_used(monkeypatch):
     trained = [i for split in splits for i in split.train]
     assert len(trained) == len(set(trained))
     for split in splits:
-        assert sorted([*split.train, *split.dev, *split.test]) == list(range(len(talks)))
+        assert set(split.test) == talks.apart
+        assert not {*split.train, *split.dev} & talks.apart
+        assert len({*split.train, *split.dev}) == len(split.train) + len(split.dev)
     turned = dataclasses.replace(
         talks,
         truth=[
@@ -212,7 +223,7 @@ ODD = {
 
 
 def odd_run(*more: Conversation) -> dict[str, dict]:
-    talks = [*satisfaction.conversations(0, 120, noise=0.05), *ODD.values(), *more]
+    talks = [*satisfaction.conversations(0, 240, noise=0.05), *ODD.values(), *more]
     talks += [dataclasses.replace(ODD["plain"], id=f"plain {i}") for i in range(8)]
     write_jsonl(Path("talks.jsonl"), talks)
     options = [
@@ -382,7 +393,7 @@ def test_one_split_has_a_control_too_and_no_domains_are_told():
         (
             ["--config.data.examples=50", "--config.spur.train=0.02"],
             "that are 'sat' is 0; training parts need at least 2 of each label. Give more "
-            "conversations, or config.spur.train=0.1 with config.spur.splits=5",
+            "conversations, or config.spur.train=0.13 with config.spur.splits=5",
         ),
         (["--config.seed=-1"], "config.seed=-1; it must be at least 0"),
         (["--config.encoder.dim=99999"], "config.encoder: width is 99999; it may be at most 16384"),

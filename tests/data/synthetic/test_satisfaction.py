@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from jaxconv.data.synthetic.satisfaction import (
     SATISFIED,
     ceiling,
     conversations,
+    word_list,
 )
 from jaxconv.data.synthetic.satisfaction.generator import odds
 from jaxconv.data.synthetic.satisfaction.language import LANGUAGES
@@ -62,8 +64,8 @@ def test_users_of_a_domain_have_their_habits_whatever_their_label():
                 if talk.meta["domain"] == domain and talk.meta["label"] == label
                 for cause in talk.meta["causes"]
             ]
-            # Two of the six causes of each side five times as often, none of them twice.
-            assert 0.6 < sum(shown) / len(shown) < 0.75
+            # Two of the six causes of each side twelve times as often, none of them twice.
+            assert 0.7 < sum(shown) / len(shown) < 0.9
 
 
 def test_labels_and_languages_have_their_shares():
@@ -80,8 +82,41 @@ def test_a_cause_stands_in_the_conversation_in_one_of_its_ways():
         said = [m.content for m in talk.messages if m.role == "user"]
         for cause in talk.meta["causes"]:
             if cause != "repetition":
-                ways = LANGUAGES[talk.meta["language"]].causes[cause]
+                language = LANGUAGES[talk.meta["language"]]
+                ways = (*language.causes[cause], *language.either)
                 assert any(text.startswith(way) for text in said[1:] for way in ways)
+
+
+@pytest.mark.parametrize("noise", NOISE.values())
+def test_a_list_of_all_words_of_all_causes_stays_below_the_ceiling(noise):
+    right, n = 0.0, 4000
+    for talk in conversations(0, n, noise=noise):
+        lean = word_list([m.content for m in talk.messages if m.role == "user"])
+        right += 0.5 if lean == 0 else (lean > 0) == (talk.meta["label"] == "sat")
+    # Five standard errors of a proportion below, and better than guessing.
+    assert 0.55 < right / n < ceiling(noise) - 5 * 0.5 / n**0.5
+
+
+def test_what_both_sides_say_is_told_apart_by_the_answer_before():
+    words = tuple(way for language in LANGUAGES.values() for way in language.either)
+    evasive = re.compile(
+        "|".join(
+            re.escape(way).replace(re.escape("{topic}"), ".+")
+            for language in LANGUAGES.values()
+            for way in language.evasive
+        ),
+        re.I,
+    )
+    met = collections.Counter()
+    for talk in conversations(0, 1500):
+        sides = {c in SATISFIED for c in talk.meta["causes"] if c != "repetition"}
+        if len(sides) != 1:  # which cause it is cannot be told from here
+            continue
+        (satisfied,) = sides
+        for before, said in itertools.pairwise(m.content for m in talk.messages):
+            if said.startswith(words):
+                met[satisfied, evasive.fullmatch(before) is not None] += 1
+    assert set(met) == {(True, False), (False, True)} and min(met.values()) > 100
 
 
 def test_some_ways_are_said_in_held_out_conversations_alone():

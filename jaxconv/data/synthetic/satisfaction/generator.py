@@ -1,5 +1,6 @@
 """Conversations of satisfied and dissatisfied users, drawn from seeds."""
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ HABITS = {
 """Causes that users of a domain show more often than others, so that a rubric of some domains lacks
 what others need."""
 
-_HABIT = 5
+_HABIT = 12
 """How much more often."""
 
 _SHOWN = {0: 0.15, 1: 0.4, 2: 0.3, 3: 0.15}
@@ -34,6 +35,9 @@ _SHOWN = {0: 0.15, 1: 0.4, 2: 0.3, 3: 0.15}
 
 _ENDING = ("giving_up", "gratitude", "acceptance")
 """Causes after which a user may ask nothing more."""
+
+_VEILED = 0.3
+"""How often a cause is put in words that both sides say: then the answer before them tells."""
 
 _HELD_OUT = 3
 """Of so many ways to put a cause the last is for held-out conversations."""
@@ -105,6 +109,29 @@ def ceiling(noise: float) -> float:
     return right
 
 
+def word_list(said: Sequence[str]) -> float:
+    """How far the words of a user lean to satisfaction, for who has a list of every way to put
+    every cause (but to ask again), and looks at nothing else: the number of ways of satisfied users
+    less that of others.
+
+    Args:
+        said: turns of the user, the opening request among them.
+    """
+    return float(
+        sum(_signs()[way] for text in said[1:] for way in _signs() if text.startswith(way))
+    )
+
+
+@functools.cache
+def _signs() -> dict[str, int]:
+    return {
+        way: 1 if cause in SATISFIED else -1
+        for language in LANGUAGES.values()
+        for cause, ways in language.causes.items()
+        for way in ways
+    }
+
+
 def _conversation(seed: int, noise: float, held_out: bool, stray: float) -> Conversation:
     rng = random.Random(f"satisfaction {seed}")
     code = rng.choices(tuple(LANGUAGES), [language.share for language in LANGUAGES.values()])[0]
@@ -119,7 +146,15 @@ def _conversation(seed: int, noise: float, held_out: bool, stray: float) -> Conv
     rng.shuffle(places)
     asked = intent
     for cause in places:
-        said = "" if cause is None else _put(rng, language, cause, asked, topic, held_out)
+        if cause is None:
+            said = ""
+        elif cause != "repetition" and rng.random() < _VEILED:
+            said = rng.choice(language.either)
+            if cause in DISSATISFIED:
+                evasive = rng.choice(language.evasive).format(topic=topic)
+                messages[-1] = Message("assistant", evasive[0].upper() + evasive[1:])
+        else:
+            said = _put(rng, language, cause, asked, topic, held_out)
         if cause == "repetition":
             answer = _answer(rng, language, topic)
         elif cause in _ENDING and rng.random() < 0.5:

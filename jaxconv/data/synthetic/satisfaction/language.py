@@ -17,6 +17,8 @@ class Language:
         causes: ways to show a cause, by cause; `repetition` is none of them. Of three ways the last
             is for held-out conversations.
         again: what may come before a request that is repeated.
+        either: what satisfied and dissatisfied users say alike.
+        evasive: answers that are none, after which such words mean the opposite.
     """
 
     share: float
@@ -26,6 +28,8 @@ class Language:
     goodbyes: Sequence[str]
     causes: Mapping[str, Sequence[str]]
     again: Sequence[str]
+    either: Sequence[str]
+    evasive: Sequence[str]
 
 
 ENGLISH = Language(
@@ -165,6 +169,19 @@ ENGLISH = Language(
         ),
     },
     again=("Once more:", "I said:", "Please read it again."),
+    either=(
+        "Well, that is something.",
+        "Wonderful, just what one hopes for.",
+        "I see.",
+        "That tells me a lot.",
+        "Okay then.",
+        "Good to know where I stand.",
+    ),
+    evasive=(
+        "I would rather not go into {topic}.",
+        "{topic}? Somebody else will know.",
+        "There is nothing to be said about {topic}, I think.",
+    ),
 )
 
 GERMAN = Language(
@@ -211,6 +228,8 @@ GERMAN = Language(
         "giving_up": ("Vergiss es.", "Ich frage lieber meinen Bruder.", "Das führt zu nichts."),
     },
     again=("Noch einmal:", "Ich sagte:"),
+    either=("Na, das ist doch was.", "Ich verstehe.", "Das sagt mir einiges.", "Gut zu wissen."),
+    evasive=("Dazu möchte ich nichts sagen.", "Wer weiß das schon so genau?"),
 )
 
 SPANISH = Language(
@@ -251,6 +270,8 @@ SPANISH = Language(
         "giving_up": ("Olvídalo.", "Mejor pregunto a mi hermano.", "Esto no lleva a nada."),
     },
     again=("Otra vez:", "He dicho:"),
+    either=("Vaya, eso ya es algo.", "Ya veo.", "Eso me dice mucho.", "Es bueno saberlo."),
+    evasive=("Prefiero no hablar de eso.", "Quién lo sabe, la verdad."),
 )
 
 LANGUAGES: Mapping[str, Language] = {"en": ENGLISH, "de": GERMAN, "es": SPANISH}
