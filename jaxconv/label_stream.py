@@ -30,6 +30,8 @@ _AHEAD = 2  # blocks under way for each worker
 
 Block = tuple[int, Sequence[str]]
 """(rows before it, its lines)."""
+Lines = tuple[list[str], int]
+"""(a line of JSON for each row, how many of them are errors)."""
 
 
 class Blocks(Sequence):
@@ -79,13 +81,12 @@ class Labeller:
                 path.write_bytes(content)
             return load_text_classifier(folder)
 
-    def __call__(self, block: Block) -> list[str]:
-        """A line of JSON for each row."""
+    def __call__(self, block: Block) -> Lines:
+        """(a line of JSON for each row, how many of them are errors)."""
         before, lines = block
-        found = []
-        for row in self._classifier.label_rows(lines, field=self._field):
-            found.append(json.dumps(row | {"row": row["row"] + before}))
-        return found
+        rows = list(self._classifier.label_rows(lines, field=self._field))
+        found = [json.dumps(row | {"row": row["row"] + before}) for row in rows]
+        return found, sum("error" in row for row in rows)
 
 
 def label_stream(
@@ -131,10 +132,9 @@ def label_stream(
             (_on_ray if ray else _here)(labeller, blocks, workers) as labelled,
             partial.open("w", encoding="utf-8") as file,
         ):
-            for lines in labelled:
-                for line in lines:
-                    file.write(line + "\n")
-                    rows, errors = rows + 1, errors + ("error" in json.loads(line))
+            for lines, bad in labelled:
+                file.writelines(f"{line}\n" for line in lines)
+                rows, errors = rows + len(lines), errors + bad
         publish(partial, target)
     except OSError as error:
         raise Failed(f"cannot write {target}: {error}") from error
@@ -144,7 +144,7 @@ def label_stream(
 
 
 @contextlib.contextmanager
-def _here(labeller: Labeller, blocks: Blocks, workers: int) -> Iterator[Iterator[list[str]]]:
+def _here(labeller: Labeller, blocks: Blocks, workers: int) -> Iterator[Iterator[Lines]]:
     """In processes of this machine, which Grain starts where there are several."""
     import grain
     from absl import flags
@@ -167,7 +167,7 @@ def _here(labeller: Labeller, blocks: Blocks, workers: int) -> Iterator[Iterator
 
 
 @contextlib.contextmanager
-def _on_ray(labeller: Labeller, blocks: Blocks, workers: int) -> Iterator[Iterator[list[str]]]:
+def _on_ray(labeller: Labeller, blocks: Blocks, workers: int) -> Iterator[Iterator[Lines]]:
     with cluster(workers) as ray:
         actor = ray.remote(max_restarts=-1, max_task_retries=-1)(_Worker)
         shared = ray.put(labeller)
@@ -178,11 +178,11 @@ class _Worker:
     def __init__(self, labeller: Labeller):
         self._labeller = labeller
 
-    def label(self, block: Block) -> list[str]:
+    def label(self, block: Block) -> Lines:
         return self._labeller(block)
 
 
-def _in_order(ray: Any, actors: Sequence[Any], blocks: Blocks) -> Iterator[list[str]]:
+def _in_order(ray: Any, actors: Sequence[Any], blocks: Blocks) -> Iterator[Lines]:
     turn, under_way = itertools.cycle(actors), collections.deque()
     for i in range(len(blocks)):
         under_way.append(next(turn).label.remote(blocks[i]))

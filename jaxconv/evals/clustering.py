@@ -16,14 +16,11 @@ class Agreement:
     nmi: normalized mutual information, by the mean of both entropies.
     ari: adjusted Rand index: 0 is what chance gets.
     purity: share of the things that are in the group's most frequent class.
-    one_to_one: share that is right when each group stands for one class and each class for one
-        group, in the best way (Kuhn 1955).
     """
 
     nmi: Estimate
     ari: Estimate
     purity: Estimate
-    one_to_one: Estimate
 
 
 def clustering_agreement(groups: Sequence[str], classes: Sequence[str]) -> Agreement:
@@ -37,22 +34,21 @@ def clustering_agreement(groups: Sequence[str], classes: Sequence[str]) -> Agree
     """
     if len(groups) != len(classes) or len(groups) < 2:
         raise ValueError(f"{len(groups)} groups and {len(classes)} classes; at least 2, as many")
-    counts = contingency(groups, classes)
-    n = int(counts.sum())
-    values = np.array(_all(counts))
-    cells = np.flatnonzero(counts)
-    without = np.empty((len(cells), len(values)))  # one thing of a cell, which are all alike
-    for row, cell in enumerate(cells):
-        table = counts.copy()
-        table.ravel()[cell] -= 1
-        without[row] = _all(table)
-    share = counts.ravel()[cells, None] / n
+    _, rows = np.unique(list(groups), return_inverse=True)
+    _, columns = np.unique(list(classes), return_inverse=True)
+    pairs, cells = np.unique(np.stack([rows, columns]), axis=1, return_counts=True)
+    n = len(rows)
+    sums = _sums(pairs, cells.astype(np.float64))
+    values = np.array(_all(n, *sums[0]))
+    # Without one thing of a cell, which are all alike.
+    without = np.stack(_all(n - 1, *sums[1]), axis=1)
+    share = cells[:, None] / n
     spread = (share * (without - (share * without).sum(0)) ** 2).sum(0)
     half = _NORMAL * np.sqrt((n - 1) * spread)
     return Agreement(
         *(
             Estimate(float(v), (float(v - h), float(v + h)), n, unit)
-            for v, h, unit in zip(values, half, ("NMI", "ARI", "rate", "rate"), strict=True)
+            for v, h, unit in zip(values, half, ("NMI", "ARI", "rate"), strict=True)
         )
     )
 
@@ -73,32 +69,49 @@ def majority_classes(groups: Sequence[str], classes: Sequence[str]) -> dict[str,
     return {group: names[1][int(row.argmax())] for group, row in zip(names[0], counts, strict=True)}
 
 
-def _all(counts: np.ndarray) -> tuple[float, float, float, float]:
-    n = counts.sum()
-    a, b = counts.sum(1), counts.sum(0)
-    entropies = _entropy(a / n), _entropy(b / n)
-    mutual = entropies[0] + entropies[1] - _entropy(counts.ravel() / n)
-    mean = sum(entropies) / 2
-    nmi = max(mutual, 0.0) / mean if mean > 1e-12 else 1.0
-    return nmi, _ari(counts, a, b, n), counts.max(1).sum() / n, _one_to_one(counts) / n
+def _sums(pairs_2C: np.ndarray, cells_C: np.ndarray):
+    """What all measures are made of, with everything and without one thing of each cell.
+
+    Of cells, groups and classes the sums of x log x and of x (x - 1) / 2, and the sum over groups
+    of the largest cell.
+    """
+    a_G = np.bincount(pairs_2C[0], cells_C)
+    b_K = np.bincount(pairs_2C[1], cells_C)
+    counts = (cells_C, a_G[pairs_2C[0]], b_K[pairs_2C[1]])
+    whole, less = [], []
+    for f in (_x_log_x, _pairs):
+        for all_x, own_C in zip((cells_C, a_G, b_K), counts, strict=True):
+            total = f(all_x).sum()
+            whole.append(total)
+            less.append(total - f(own_C) + f(own_C - 1))
+    largest_G, second_G = np.zeros(len(a_G)), np.zeros(len(a_G))
+    for group, count in zip(pairs_2C[0], cells_C, strict=True):
+        if count > largest_G[group]:
+            largest_G[group], second_G[group] = count, largest_G[group]
+        else:
+            second_G[group] = max(second_G[group], count)
+    hits = largest_G.sum()
+    own_C = largest_G[pairs_2C[0]]
+    after_C = np.where(cells_C == own_C, np.maximum(second_G[pairs_2C[0]], cells_C - 1), own_C)
+    return (*whole, hits), (*less, hits - own_C + after_C)
 
 
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
+def _all(n: int, cells, a, b, cell_pairs, a_pairs, b_pairs, hits):
+    """(NMI, ARI, purity) of `_sums`; n things."""
+    log_n = np.log(n)
+    of_cells, of_a, of_b = (log_n - x / n for x in (cells, a, b))  # entropies
+    mutual, mean = np.maximum(of_a + of_b - of_cells, 0.0), (of_a + of_b) / 2
+    nmi = np.where(mean > 1e-12, mutual / np.where(mean > 1e-12, mean, 1.0), 1.0)
+    chance = a_pairs * b_pairs / max(_pairs(n), 1.0)
+    above = (a_pairs + b_pairs) / 2 - chance
+    sure = np.abs(above) <= 1e-12
+    ari = np.where(sure, 1.0, (cell_pairs - chance) / np.where(sure, 1.0, above))
+    return nmi, ari, hits / n
 
 
-def _ari(counts: np.ndarray, a: np.ndarray, b: np.ndarray, n: float) -> float:
-    def pairs(x):
-        return float((x * (x - 1.0)).sum() / 2)
-
-    together, first, second, all_pairs = pairs(counts), pairs(a), pairs(b), n * (n - 1) / 2
-    chance = first * second / max(all_pairs, 1.0)
-    most = (first + second) / 2
-    return (together - chance) / (most - chance) if abs(most - chance) > 1e-12 else 1.0
+def _x_log_x(x):
+    return x * np.log(np.maximum(x, 1.0))
 
 
-def _one_to_one(counts: np.ndarray) -> float:
-    from scipy.optimize import linear_sum_assignment
-
-    return float(counts[linear_sum_assignment(-counts)].sum())
+def _pairs(x):
+    return x * (x - 1.0) / 2

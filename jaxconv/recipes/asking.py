@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -331,6 +332,8 @@ def asking(config, workdir: Workdir, *, retry_failed: bool = False) -> Iterator[
             f"recipe {config.recipe!r} runs in one process; start it without --distributed"
         )
     backend = section.make_backend(config, workdir.artifacts / "batches.jsonl")
+    # What is asked is written again, from the journal where it holds it.
+    shutil.rmtree(workdir.artifacts / "answers", ignore_errors=True)
     with Journal(workdir.journal) as journal:
         yield Asking(
             backend,

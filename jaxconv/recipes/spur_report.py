@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,9 @@ def report_of(config, asked: Asking, talks: Talks, study: "Study", workdir: Work
     distilled = _distilled(report, trial, study, seed=config.seed)
     if distilled.mean_auc is not None:
         report.results["distilled/auc"] = distilled.mean_auc
+    folder = workdir.artifacts / "item_classifier"
+    shutil.rmtree(folder, ignore_errors=True)  # what an earlier attempt had
     if distilled.classifier is not None:
-        folder = workdir.artifacts / "item_classifier"
         save_text_classifier(TextClassifier(study.encoder, distilled.classifier), folder)
         report.artifacts["item_classifier"] = "artifacts/item_classifier"
     _items(report, trial, tests, distilled)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from jaxconv.errors import Failed
 from jaxconv.models.classifier import Classifier
 from jaxconv.recipes.tnt_documents import Documents
@@ -60,33 +62,51 @@ def trained(config, talks: Documents, mined: "Mined") -> Light:
         for i in talks.train
         if talks.ids[i] in mined.assigned and mined.assigned[talks.ids[i]].primary.id != OTHER_ID
     ]
-    counts = Counter(found.primary.id for _, found in rows)
     names = {label.id: label.name for label in mined.labels}
-    learned = {id for id, count in counts.items() if count >= _LEAST}
-    left_out = [names[id] for id in sorted(set(names) - learned)]
-    rows = [(i, found) for i, found in rows if found.primary.id in learned]
-    if len(learned) < 2:
-        return Light(None, None, [], left_out)
-    x_ND = mined.embeddings[[i for i, _ in rows]]
     primary = [names[found.primary.id] for _, found in rows]
-    tried = _each(config, x_ND, primary)
-    fitted = [one for one in tried if one.fitted is not None]
-    if not fitted:
+    tried = each(config, mined.embeddings[[i for i, _ in rows]], primary)
+    learned = often(primary)
+    left_out = [name for name in names.values() if name not in learned]
+    best = best_of(tried)
+    if best is None:
         return Light(None, None, tried, left_out)
-    best = min(fitted, key=lambda one: one.fitted.nll)
+    kept = [(i, found) for i, found in rows if names[found.primary.id] in learned]
     several = [
-        tuple(sorted({names[x.id] for x in found.applicable if x.id in learned}))
-        for _, found in rows
+        tuple(sorted({names[x.id] for x in found.applicable if names.get(x.id) in learned}))
+        for _, found in kept
     ]
     penalty = float(best.setting) if best.method == "logistic" else _PENALTY
     try:
-        many = fit_classifier(x_ND, several, seed=config.seed, inverse_penalty=penalty)
+        many = fit_classifier(
+            mined.embeddings[[i for i, _ in kept]],
+            several,
+            seed=config.seed,
+            inverse_penalty=penalty,
+        )
     except Failed as failed:  # what was labelled is paid for
         return Light(best.fitted.classifier, None, tried, left_out, str(failed))
     return Light(best.fitted.classifier, many.classifier, tried, left_out)
 
 
-def _each(config, x_ND, labels: Sequence[str]) -> list[Tried]:
+def often(labels: Sequence[str]) -> set[str]:
+    """Labels that have enough documents to be learned."""
+    return {name for name, count in Counter(labels).items() if count >= _LEAST}
+
+
+def best_of(tried: Sequence[Tried]) -> Tried | None:
+    """The one with the least loss on what it was not fitted on."""
+    fitted = [one for one in tried if one.fitted is not None]
+    return min(fitted, key=lambda one: one.fitted.nll, default=None)
+
+
+def each(config, x_ND: np.ndarray, labels: Sequence[str]) -> list[Tried]:
+    """Classifiers of the labels that are there often enough, by every method and setting that the
+    config asks for; none where there are fewer than two such labels."""
+    learned = often(labels)
+    if len(learned) < 2:
+        return []
+    rows = [i for i, label in enumerate(labels) if label in learned]
+    kept = [labels[i] for i in rows]
     settings = []
     if config.classifier.method in ("best", "logistic"):
         settings += [("logistic", f"{c:g}", {"inverse_penalty": c}) for c in INVERSE_PENALTIES]
@@ -95,7 +115,7 @@ def _each(config, x_ND, labels: Sequence[str]) -> list[Tried]:
     found = []
     for method, setting, options in settings:
         try:
-            one = fit_classifier(x_ND, labels, method=method, seed=config.seed, **options)
+            one = fit_classifier(x_ND[rows], kept, method=method, seed=config.seed, **options)
             found.append(Tried(method, setting, one))
         except Failed as failed:  # one of several; what was labelled is paid for
             found.append(Tried(method, setting, None, str(failed)))

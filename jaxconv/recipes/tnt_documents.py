@@ -70,20 +70,16 @@ def documents(config, quarantine: Quarantine) -> Documents:
         found = list(_read(config, "path", d.path, quarantine))
         apart = list(_read(config, "test_path", d.test_path, quarantine)) if d.test_path else []
     else:
-        apart = []
-        found = [
-            (talk.id, input_of(talk).turns, talk.meta)
-            for talk in satisfaction.conversations(
-                config.seed << 32, d.examples, held_out=True, stray=d.stray
-            )
-        ]
+        begin, count = config.seed << 32, round(d.test * d.examples)
+        found = list(_embedded(begin, d.examples - count, d.stray, held_out=False))
+        apart = list(_embedded(begin + d.examples - count, count, d.stray, held_out=True))
     read = len(found) + len(apart)
     found, apart = ([row for row in rows if user_text(row[1]).strip()] for rows in (found, apart))
     ids = [id for id, _, _ in (*found, *apart)]
     if len(set(ids)) < len(ids):
         twice = next(id for id, count in Counter(ids).items() if count > 1)
         raise Refused(f"two documents have the id {twice!r}; every id may come once")
-    if d.test_path:
+    if apart:
         test = list(range(len(found), len(ids)))
     else:
         order = np.random.default_rng(config.seed).permutation(len(ids))
@@ -113,6 +109,13 @@ def gold_keys(config) -> tuple[str, str]:
     if not config.data.path:
         return config.data.gold or "domain", config.data.second_gold or "intent"
     return config.data.gold, config.data.second_gold
+
+
+def _embedded(
+    seed: int, count: int, stray: float, *, held_out: bool
+) -> Iterator[tuple[str, Sequence[Turn], Mapping[str, Any]]]:
+    for talk in satisfaction.conversations(seed, count, held_out=held_out, stray=stray):
+        yield talk.id, input_of(talk).turns, talk.meta
 
 
 def _read(

@@ -57,7 +57,9 @@ def evaluated(config, asked: Asking, talks: Documents, mined: "Mined", light: "L
 
 def _judged(found: Found, config, asked: Asking, talks: Documents, mined: "Mined") -> None:
     """Forced choices between the assigned and a random other label, in both orders, and relevance;
-    and both again with a random label in the place of the assigned one."""
+    and both again with the label of another document in the place of the assigned one: then a
+    judge who looks at the document, and not at which labels are frequent or sound well, is at a
+    half."""
     if len(mined.labels) < 2:
         found.notes.append("No label_accuracy and no relevance: there is one label.")
         return
@@ -74,20 +76,23 @@ def _judged(found: Found, config, asked: Asking, talks: Documents, mined: "Mined
             "label of the taxonomy, and an interval needs 2."
         )
         return
-    pairs, controls = {}, {}
-    for i in test:
-        own = by_id[mined.assigned[talks.ids[i]].primary.id]
-        others = [label for label in mined.labels if label.id != own.id]
-        pairs[talks.ids[i]] = talks.turns[i], own, others[rng.integers(len(others))]
-        one, two = rng.choice(len(mined.labels), 2, replace=False)
-        controls[talks.ids[i]] = talks.turns[i], mined.labels[one], mined.labels[two]
+    given = [by_id[mined.assigned[talks.ids[i]].primary.id] for i in test]
+    # Each gets the label of the next in a random circle.
+    moved = dict(zip(test, [*given[1:], given[0]], strict=True))
+
+    def against_another(i: int, label: NumberedLabel):
+        others = [other for other in mined.labels if other.id != label.id]
+        return talks.turns[i], label, others[rng.integers(len(others))]
+
+    pairs = {talks.ids[i]: against_another(i, label) for i, label in zip(test, given, strict=True)}
+    controls = {talks.ids[i]: against_another(i, moved[i]) for i in test}
     points, found.flips = _chosen(asked, config, pairs)
     _mean(found.results, "label_accuracy", points, config)
     points, _ = _chosen(asked, config, controls)
-    _mean(found.baselines, "label_accuracy/random", points, config)
+    _mean(found.baselines, "label_accuracy/moved", points, config)
     for into, name, asked_of in (
         (found.results, "relevance", pairs),
-        (found.baselines, "relevance/random", controls),
+        (found.baselines, "relevance/moved", controls),
     ):
         task = dataclasses.replace(RELEVANCE, rules=tnt_rules.relevant)
         inputs = {

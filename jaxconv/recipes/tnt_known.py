@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxconv.errors import Failed
 from jaxconv.evals.agreement import agreement
 from jaxconv.evals.clustering import clustering_agreement, majority_classes
 from jaxconv.evals.statistics import Estimate, proportion
+from jaxconv.recipes.tnt_classifiers import best_of, each
 from jaxconv.recipes.tnt_documents import Documents
-from jaxconv.recipes.tnt_mixture import smoothed
 from jaxconv.recipes.tnt_tasks import Assignment
-from jaxconv.train.classifiers import fit_classifier
 from jaxconv.train.clusters import fit_clusters
 
 if TYPE_CHECKING:
     from jaxconv.recipes.tnt_llm import Mined
-
-_LEAST = 2  # documents of a class or cluster that a classifier learns
 
 
 @dataclass
@@ -100,7 +96,7 @@ def _clusters(config, talks: Documents, mined: "Mined") -> dict[str, list[str]]:
     found = {}
     for name, x_ND in (
         ("kmeans_ctfidf", mined.embeddings),
-        ("kmeans_smoothed", smoothed(mined.embeddings, train)),
+        ("kmeans_smoothed", mined.rules.averaged),
     ):
         clusters = fit_clusters(x_ND[train], count, seed=config.seed)
         found[name] = [str(k) for k in clusters.assign(x_ND)]
@@ -151,19 +147,14 @@ def _classified(
         return proportion(hits, len(right))
 
     def taught(labels: Sequence[str], name: str) -> list[str] | None:
-        """What a classifier of these labels says of the documents to test on; None without one."""
-        often = {label for label in set(labels) if labels.count(label) >= _LEAST}
-        kept = [(i, label) for i, label in zip(learned, labels, strict=True) if label in often]
-        if len(often) < 2:
-            found.notes.append(f"No classifier_accuracy/{name}: there are fewer than two classes.")
+        """What the best classifier of these labels says of the documents to test on."""
+        tried = each(config, mined.embeddings[list(learned)], labels)
+        best = best_of(tried)
+        if best is None:
+            why = tried[0].failed if tried else "fewer than two of them have enough documents"
+            found.notes.append(f"No classifier_accuracy/{name}: {why}.")
             return None
-        rows, targets = map(list, zip(*kept, strict=True))
-        try:
-            fitted = fit_classifier(mined.embeddings[rows], targets, seed=config.seed)
-        except Failed as failed:  # beside the point, and the rest is paid for
-            found.notes.append(f"No classifier_accuracy/{name}: {failed}.")
-            return None
-        return fitted.classifier.predict(mined.embeddings[test])
+        return best.fitted.classifier.predict(mined.embeddings[test])
 
     assigned = [names[i] for i in learned]
     found.results["assigned_accuracy"] = accuracy([names[i] for i in test], assigned)

@@ -120,6 +120,7 @@ class Mined:
     inside: the same of the second level.
     embeddings: float32 [documents, D], in the order of the documents.
     encoder: that made them.
+    rules: that answer where no model does, and what they know of the embeddings.
     """
 
     labels: Sequence[NumberedLabel]
@@ -131,6 +132,7 @@ class Mined:
     inside: Mapping[str, Assignment]
     embeddings: np.ndarray
     encoder: TextEncoder
+    rules: tnt_rules.TopicRules
 
 
 def mine(config, asked: Asking, talks: Documents) -> Mined:
@@ -192,6 +194,7 @@ def mine(config, asked: Asking, talks: Documents) -> Mined:
         inside,
         embeddings,
         encoder,
+        rules,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 _NEIGHBOURS = 10  # of a text, that its embedding is averaged with
 _ROUNDS = 2
 _FAR = 0.002  # share of the texts that fit no cluster
-_AT_ONCE = 20_000_000  # cosines that are in memory together
+_AT_ONCE = 20_000_000  # cosines, or numbers of neighbours, that are in memory together
 
 
 def smoothed(vectors_ND: np.ndarray, among: Sequence[int]) -> np.ndarray:
@@ -25,7 +25,7 @@ def smoothed(vectors_ND: np.ndarray, among: Sequence[int]) -> np.ndarray:
     near = min(_NEIGHBOURS, len(among))
     for _ in range(_ROUNDS):
         known_MD, parts = out_ND[among], []
-        at_once = max(_AT_ONCE // len(among), 1)
+        at_once = max(_AT_ONCE // max(len(among), near * out_ND.shape[1]), 1)
         for begin in range(0, len(out_ND), at_once):
             own = out_ND[begin : begin + at_once]
             cosines = own @ known_MD.T

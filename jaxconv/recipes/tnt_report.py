@@ -1,6 +1,7 @@
 """The report and the files of a taxonomy."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ _MEANING = """\
 - labelled: documents with a valid answer; coverage: of these, with a label that is not Other.
 - label_accuracy: how often the label that was given is chosen before a random other one, in both
   orders of the two (an answer that changes with the order counts as half); relevance: how often the
-  label is said to fit. /random is the same with a random label in its place. Of documents to test
-  on.
+  label is said to fit. /moved is the same with the label of another document in its place. Of
+  documents to test on.
 - …/classifier_assigned: the classifier against the labels that were given, of documents to test on
   whose label is not Other; exact: with all labels that apply the same.
 - nmi, ari, purity: labels against known classes, of the documents that the taxonomy was made from
@@ -62,8 +63,9 @@ def report_of(
         "labels": "artifacts/labels.jsonl",
     }
     for name, head in (("classifier", light.primary), ("classifier_all", light.applicable)):
+        folder = workdir.artifacts / name
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier attempt had
         if head is not None:
-            folder = workdir.artifacts / name
             save_text_classifier(TextClassifier(mined.encoder, head), folder)
             report.artifacts[name] = f"artifacts/{name}"
     _sections(report, content, light, found)

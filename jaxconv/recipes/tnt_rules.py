@@ -107,7 +107,8 @@ class TopicRules:
         self._mixtures: dict[tuple[str, ...], Mixture] = {}
 
     @functools.cached_property
-    def _x(self) -> np.ndarray:
+    def averaged(self) -> np.ndarray:
+        """float32 [texts, D], embeddings averaged with their nearest ones."""
         return smoothed(self._vectors, self._among)
 
     @functools.cached_property
@@ -134,7 +135,7 @@ class TopicRules:
     def generate(self, input: TableInput) -> Table:
         """The mixture whose number of clusters makes what is kept apart most likely."""
         rows = self._rows(input.documents)
-        most = min(input.max_labels, len(np.unique(self._x[rows], axis=0)))
+        most = min(input.max_labels, len(np.unique(self.averaged[rows], axis=0)))
         tried = sorted({most, *(max(2, round(most * s)) for s in (0.15, 0.3, 0.5, 0.75))})
         fitted = [(self._apart(rows, k), k) for k in tried if k <= most]
         best = max(fitted, key=lambda found: found[0])[1]
@@ -162,7 +163,7 @@ class TopicRules:
 
     def select(self, input: SelectionInput) -> Selection:
         """The table that makes a validation batch most likely."""
-        x_ND = self._x[self._rows(input.documents)]
+        x_ND = self.averaged[self._rows(input.documents)]
         found = [self._mixture(labels).likelihood(x_ND) for labels in input.candidates]
         best = int(np.argmax(found))
         said = ", ".join(f"{value:.4g}" for value in found)
@@ -178,7 +179,7 @@ class TopicRules:
         """Each training text is of the label whose words it has most of, rare ones counting more; a
         label that no text is of lies in the middle of all."""
         rows = np.asarray(self._among)
-        x_ND = self._x[rows]
+        x_ND = self.averaged[rows]
         shared_NK = np.zeros((len(rows), len(labels)))
         if self._words is not None:
             column = {name: i for i, name in enumerate(self._words.names)}
@@ -202,7 +203,7 @@ class TopicRules:
         return np.unique([self._of_summary[summary] for summary in summaries])
 
     def _fit(self, rows: np.ndarray, start: int | np.ndarray) -> Mixture:
-        return fit_mixture(self._x, rows, start, seed=self._seed)
+        return fit_mixture(self.averaged, rows, start, seed=self._seed)
 
     def _halves(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         apart = np.random.default_rng(self._seed).permutation(len(rows)) % _APART == 0
@@ -215,7 +216,7 @@ class TopicRules:
         own, apart = self._halves(rows)
         if (start if isinstance(start, int) else len(start)) > len(own):
             return -np.inf
-        return self._fit(own, start).likelihood(self._x[apart])
+        return self._fit(own, start).likelihood(self.averaged[apart])
 
     def _improved(self, mixture: Mixture, most: int) -> tuple[Mixture, list[str]]:
         """Splits and merges clusters while what is kept apart becomes more likely."""
@@ -248,7 +249,7 @@ class TopicRules:
         """(the cluster whose texts lie farthest apart in sum, centers of its halves)."""
         from sklearn.cluster import KMeans
 
-        x_ND = self._x[mixture.seen]
+        x_ND = self.averaged[mixture.seen]
         own = mixture.scores(x_ND).argmax(1)
         spread = np.bincount(
             own, ((x_ND - mixture.centers[own]) ** 2).sum(1), minlength=len(mixture.weights)
@@ -261,7 +262,7 @@ class TopicRules:
         return 0, None
 
     def _rating(self, mixture: Mixture, rows: np.ndarray) -> int:
-        near = float(nearness(mixture.centers, self._x[rows]).mean())
+        near = float(nearness(mixture.centers, self.averaged[rows]).mean())
         return int(np.clip(round(100 * near), 0, 100))
 
     # ------------------------------------------------------------ names
@@ -291,7 +292,7 @@ class TopicRules:
         count = len(mixture.weights)
         if self._words is None:
             return [[] for _ in range(count)]
-        own = mixture.scores(self._x[mixture.seen]).argmax(1)
+        own = mixture.scores(self.averaged[mixture.seen]).argmax(1)
         texts = self._words.counts[mixture.seen]
         table_KP = np.stack(
             [np.asarray(texts[own == k].sum(0)).ravel() for k in range(count)]
@@ -322,7 +323,7 @@ class TopicRules:
         mixture = self._mixture(input.labels)
         text = user_text(input.turns)
         row = self._row[text]
-        x_1D = self._x[row : row + 1]
+        x_1D = self.averaged[row : row + 1]
         if nearness(mixture.centers, x_1D)[0] < mixture.floor or not _WORD.search(text):
             other = Named(id=OTHER_ID, name=OTHER)
             return Assignment(primary=other, applicable=[other])

@@ -20,18 +20,37 @@ def test_values_equal_scikit_learn(pairs):
     wanted = normalized_mutual_info_score(classes, groups)
     if len(set(groups)) > 1 or len(set(classes)) > 1:
         assert found.nmi.value == pytest.approx(wanted, abs=1e-9)
-    assert found.one_to_one.value <= found.purity.value <= 1
+    assert 0 < found.purity.value <= 1
 
 
 def test_by_hand():
     groups, classes = "aaabbb", "xxyyyy"
     found = clustering_agreement(groups, classes)
     assert found.purity.value == pytest.approx(5 / 6)
-    assert found.one_to_one.value == pytest.approx(5 / 6)
     assert majority_classes(groups, classes) == {"a": "x", "b": "y"}
-    # Two groups of one class: pure, but only one of them can stand for it.
-    found = clustering_agreement("aabb", "xxxx")
-    assert found.purity.value == 1 and found.one_to_one.value == 0.5
+    assert clustering_agreement("aabb", "xxxx").purity.value == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("xyz")), min_size=3, max_size=25)
+)
+def test_intervals_are_those_of_leaving_each_thing_out(pairs):
+    groups, classes = zip(*pairs, strict=True)
+    found, n = clustering_agreement(groups, classes), len(pairs)
+    kept = [[p for k, p in enumerate(pairs) if k != i] for i in range(n)]
+    without = [clustering_agreement(*zip(*own, strict=True)) for own in kept]
+    for name in ("nmi", "ari", "purity"):
+        values = np.array([getattr(one, name).value for one in without])
+        deviation = np.sqrt((n - 1) / n * ((values - values.mean()) ** 2).sum())
+        low, high = getattr(found, name).ci95
+        assert (high - low) / 2 == pytest.approx(1.959964 * deviation, abs=1e-9)
+
+
+def test_many_classes_of_many_things_take_no_table():
+    names = [f"{i}" for i in range(50_000)]
+    found = clustering_agreement([f"{i % 77}" for i in range(50_000)], names)
+    assert found.purity.value == pytest.approx(77 / 50_000)
 
 
 def test_random_groups_score_as_random_and_intervals_hold_the_value():

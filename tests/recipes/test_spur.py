@@ -18,10 +18,10 @@ from jaxconv.data.conversation import Conversation, Message, write_jsonl
 from jaxconv.data.quarantine import Quarantine
 from jaxconv.data.synthetic import satisfaction
 from jaxconv.errors import Refused
-from jaxconv.llm import Prompt, Settings
+from jaxconv.llm import Journal, Prompt, Settings
 from jaxconv.llm.backends.rules import Rules
 from jaxconv.llm.conversations import input_of
-from jaxconv.recipes import spur, spur_rubrics
+from jaxconv.recipes import spur, spur_rubrics, spur_tasks
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_rules import Cues
 from jaxconv.recipes.spur_talks import Talks, labelled
@@ -327,6 +327,37 @@ def test_an_invalid_answer_is_no_class_and_a_changed_prompt_asks_for_what_depend
         asked = int(re.search(r"before, ([\d,]+) calls", line)[1].replace(",", ""))
         assert (asked > 0) == (name == "spur/score"), line
     assert report()["cost"]["llm_calls"] == calls
+    # A run of the same command does so; and the same again prints the report.
+    before = calls_by_task()
+    changed = [spur_rubrics.SCORING if task is SCORING else task for task in spur_tasks.TASKS]
+    monkeypatch.setattr(spur_tasks, "TASKS", changed)
+    capsys.readouterr()
+    for _ in range(2):
+        assert launch.main([*command, "--workdir=run"]) == 3
+    assert "changed since the last run: the prompt of spur/score" in capsys.readouterr().out
+    after = calls_by_task()
+    assert after["spur/score"] >= before["spur/score"] + 120  # two splits of 60
+    assert {n: c for n, c in after.items() if c != before[n]}.keys() == {"spur/score"}
+    assert prompt.version in (Path("run") / "report.md").read_text()
+
+
+def calls_by_task() -> dict[str, int]:
+    with Journal(Path("run") / "journal.sqlite", read_only=True) as journal:
+        return {cost.task: cost.calls for cost in journal.costs()}
+
+
+def test_a_finished_run_notices_that_its_file_has_changed(capsys):
+    talks = satisfaction.conversations(0, 90)
+    write_jsonl(Path("talks.jsonl"), talks[:80])
+    options = ["--config.data.path=talks.jsonl", "--config.spur.splits=1"]
+    command = [CONFIG, "--workdir=run", *options, "--config.control.shuffles=0"]
+    command.append("--config.spur.train=0.4")
+    assert launch.main(command) == 0 and len(scores()) == 80
+    write_jsonl(Path("talks.jsonl"), talks)
+    assert launch.main(command) == 0 and len(scores()) == 90
+    assert "changed since the last run: the file talks.jsonl" in capsys.readouterr().out
+    Path("talks.jsonl").unlink()
+    assert launch.main(command) == 0  # the report is still there
 
 
 def test_a_minibatch_without_an_answer_ends_the_run_by_name(server, monkeypatch):

@@ -89,7 +89,7 @@ def test_it_finds_the_domains_better_than_k_means_and_random_is_random(embedded)
     assert accuracy["ci95"][1] < baselines["classifier_accuracy/gold"]["value"]
     random = baselines["ari/random"]["ci95"]
     assert random[0] <= 0 <= random[1]
-    chance = baselines["label_accuracy/random"]["ci95"]
+    chance = baselines["label_accuracy/moved"]["ci95"]
     assert chance[0] <= 0.5 <= chance[1] < own["label_accuracy"]["ci95"][0]
     for kind in ("results", "baselines"):
         assert all(number["ci95"] and number["n"] for number in found[kind].values())
@@ -348,6 +348,21 @@ def test_chains_go_on_side_by_side_and_one_without_an_answer_is_told(tmp_path):
     assert order == sorted(order)
 
 
+def test_a_table_that_no_longer_changes_ends_its_chain(tmp_path):
+    def answer(call):
+        if call.task.name == "tnt_llm/generate":
+            return table("the same")
+        return {"rating": 90, "explanation": "", "edits": [], "labels": table("the same")["labels"]}
+
+    asked, backend = asking(tmp_path, answer)
+    maker = maker_of(asked)
+    maker.config.select.patience = 2
+    maker.tables({"": Place([f"{i}" for i in range(9)], ["d"], 5, 1)})
+    kinds = [step.kind for step in maker.steps]
+    assert kinds == ["generate", "update", "update", "review"]
+    assert not any("select" in call.task.name for call in backend.calls)
+
+
 def test_orders_are_different_and_have_their_reverse():
     maker = maker_of(None)
     for count, wanted in ((2, 2), (3, 4), (5, 4)):
@@ -416,6 +431,10 @@ def test_a_name_that_is_not_its_ids_is_an_error_and_never_other(server, monkeypa
     assert without and all(
         row["primary"]["name"] != "Other" for row in rows.values() if "primary" in row
     )
+    # Names are those of the table, however the model spelt them, and none is there twice.
+    known = {x["name"] for x in taxonomy()["labels"]}
+    for row in (row for row in rows.values() if "primary" in row):
+        assert row["primary"]["name"] in known and row["applicable"] == [row["primary"]]
     assert found["results"]["labelled"]["value"] == pytest.approx(1 - len(without) / 60)
     assert any("rows of tnt_llm/assign have no value: failed_check" in n for n in found["notes"])
     capsys.readouterr()
@@ -519,7 +538,7 @@ def test_two_labels_are_judged_and_one_is_told_to_be_too_few():
     assert launch.main([CONFIG, "--workdir=run", *TABLES, *options]) == 0
     found = report()
     assert found["results"]["label_accuracy"]["n"] > 2
-    assert found["baselines"]["label_accuracy/random"]["n"] > 2
+    assert found["baselines"]["label_accuracy/moved"]["n"] > 2
     Path("same.csv").write_text("text,kind\n" + "the same,x\n" * 30)
     options[0] = "--config.data.path=same.csv"
     assert launch.main([CONFIG, "--workdir=same", *TABLES, *options]) == 0

@@ -28,8 +28,9 @@ def answer(request: dict) -> dict:
     if "the primary" in words:
         labels = [(int(id), html.unescape(name)) for id, name in NUMBERED.findall(words)]
         chosen = labels[number % (len(labels) - 1)]
-        named = {"id": chosen[0], "name": chosen[1]}
-        return {"primary": named, "applicable": [named]}
+        name = chosen[1].upper() if number % 3 else chosen[1]  # models spell as they like
+        named = {"id": chosen[0], "name": name}
+        return {"primary": named, "applicable": [named, {"id": chosen[0], "name": chosen[1]}]}
     if "fits this conversation better" in words:
         return {"better": ("first", "second")[number % 2]}
     return {"relevant": bool(number % 2)}
