@@ -12,6 +12,7 @@ from jaxconv.evals.clustering import clustering_agreement, majority_classes
 from jaxconv.evals.statistics import Estimate, proportion
 from jaxconv.recipes.tnt_classifiers import best_of, each
 from jaxconv.recipes.tnt_documents import Documents
+from jaxconv.recipes.tnt_mixture import distinct
 from jaxconv.recipes.tnt_tasks import Assignment
 from jaxconv.train.clusters import fit_clusters
 
@@ -89,15 +90,15 @@ def against_known(
 
 
 def _clusters(config, talks: Documents, mined: "Mined") -> dict[str, list[str]]:
-    """Clusters of all documents by k-means on those to learn from: of their embeddings, and of
-    embeddings averaged with their neighbours, as the rules make them."""
+    """Clusters of all documents by k-means on those to learn from: of their embeddings, and of what
+    the rules cluster."""
     train = talks.train
-    count = min(config.taxonomy.max_labels, len(np.unique(mined.embeddings[train], axis=0)))
     found = {}
     for name, x_ND in (
         ("kmeans_ctfidf", mined.embeddings),
         ("kmeans_smoothed", mined.rules.averaged),
     ):
+        count = min(config.taxonomy.max_labels, distinct(x_ND[train]))
         clusters = fit_clusters(x_ND[train], count, seed=config.seed)
         found[name] = [str(k) for k in clusters.assign(x_ND)]
     return found

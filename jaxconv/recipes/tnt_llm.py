@@ -23,10 +23,12 @@ from jaxconv.data.quarantine import Quarantine
 from jaxconv.errors import Failed, Refused
 from jaxconv.evals.report import Report
 from jaxconv.llm import section
+from jaxconv.models.hashed_ngrams import HashedNgrams
 from jaxconv.models.text_encoder import TextEncoder, load_text_encoder
 from jaxconv.recipes import tnt_classifiers, tnt_evaluation, tnt_report, tnt_rules, tnt_tasks
 from jaxconv.recipes.asking import Asking, add_quarantine, asking, dry_asking
 from jaxconv.recipes.tnt_documents import FORMAT_NAMES, Documents, documents
+from jaxconv.recipes.tnt_mixture import latent
 from jaxconv.recipes.tnt_tables import Place, Step, TableMaker
 from jaxconv.recipes.tnt_tasks import (
     ASSIGNMENT,
@@ -145,9 +147,10 @@ def mine(config, asked: Asking, talks: Documents) -> Mined:
     embeddings = encoder.encode(texts)
     sample, apart = _samples(config, talks)
     summaries = summarise(config, asked, talks, [*sample, *apart])
+    by_words = isinstance(encoder, HashedNgrams)
     rules = tnt_rules.TopicRules(
         texts,
-        embeddings,
+        latent(texts, talks.train, seed=config.seed) if by_words else embeddings,
         talks.train,
         {summary: texts[i] for i, summary in summaries.items()},
         seed=config.seed,

@@ -1,5 +1,5 @@
-"""Clusters of embeddings as a spherical Gaussian mixture, and embeddings averaged with their
-neighbours."""
+"""What rules of TnT-LLM cluster, and how: embeddings averaged with their neighbours, or words that
+occur together where embeddings know no meaning; and a spherical Gaussian mixture of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,46 @@ import numpy as np
 
 _NEIGHBOURS = 10  # of a text, that its embedding is averaged with
 _ROUNDS = 2
+_LATENT = 100  # numbers of a text by its words
+_TOKEN = r"(?u)\b[^\W\d_]{2,}\b"
 _FAR = 0.002  # share of the texts that fit no cluster
 _AT_ONCE = 20_000_000  # cosines, or numbers of neighbours, that are in memory together
+
+
+def latent(texts: Sequence[str], among: Sequence[int], *, seed: int) -> np.ndarray:
+    """Latent semantic analysis (Deerwester et al. 1990): texts whose words occur in the same texts
+    are near, though they share none. For an encoder without weights, to which only what is written
+    alike is near.
+
+    Words count by the logarithm of how often a text has them, times that of how rare they are, so
+    that those of every text count nothing.
+
+    Args:
+        texts: to be told apart.
+        among: those that it is learned from, which those to test on are not.
+        seed: of the randomized decomposition.
+
+    Returns float32 [texts, at most 100], of unit length; zeros for texts without a word that two
+    others have.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.utils.extmath import randomized_svd
+
+    own = [texts[i] for i in among]
+    counter = CountVectorizer(token_pattern=_TOKEN, min_df=min(2, len(own)))
+    try:
+        counts = counter.fit(own).transform(texts).astype(np.float32)
+    except ValueError:  # no word is left
+        return np.zeros((len(texts), 1), np.float32)
+    rarity_P = np.log(len(own) / np.maximum(np.asarray((counts[among] > 0).sum(0)).ravel(), 1))
+    counts.data = np.log1p(counts.data)
+    counts = counts.multiply(rarity_P[None].astype(np.float32)).tocsr()
+    norms_N = np.sqrt(np.asarray(counts.multiply(counts).sum(1)).ravel())
+    counts = counts.multiply((1 / np.maximum(norms_N, 1e-12))[:, None]).tocsr()
+    # Fewer directions than words: with as many, words that occur together stay apart.
+    width = min(_LATENT, max(counts.shape[1] // 4, 1), len(own))
+    _, _, directions_WP = randomized_svd(counts[among], width, random_state=seed)
+    return normalized(counts @ directions_WP.T)
 
 
 def smoothed(vectors_ND: np.ndarray, among: Sequence[int]) -> np.ndarray:
@@ -34,6 +72,11 @@ def smoothed(vectors_ND: np.ndarray, among: Sequence[int]) -> np.ndarray:
             parts.append(own + np.einsum("bk,bkd->bd", weights, known_MD[nearest]))
         out_ND = normalized(np.concatenate(parts))
     return out_ND
+
+
+def distinct(x_ND: np.ndarray) -> int:
+    """How many rows differ by more than rounding."""
+    return len(np.unique(np.round(x_ND, 5), axis=0))
 
 
 def normalized(vectors_ND: np.ndarray) -> np.ndarray:

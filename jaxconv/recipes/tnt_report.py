@@ -36,8 +36,8 @@ _MEANING = """\
   and others to learn from; …/second_level: labels of both levels against the finer classes.
 - assigned_accuracy, classifier_accuracy: of documents to test on, when every label stands for the
   known class that is most frequent in it. kmeans_ctfidf: clusters of the same embeddings;
-  kmeans_smoothed: of embeddings averaged with their neighbours; gold: a classifier that is taught
-  the known classes.
+  kmeans_smoothed: of what the rules cluster, which is averaged with neighbours; gold: a classifier
+  that is taught the known classes.
 """
 _LONGEST = 300  # characters of an example
 

@@ -1,12 +1,13 @@
-"""TnT-LLM without a language model: clusters of embeddings, named by their keyphrases.
+"""TnT-LLM without a language model: clusters of texts, named by their keyphrases.
 
-A table of labels stands for a spherical Gaussian mixture over embeddings: `generate` fits one to a
-minibatch, `update` goes on with everything seen so far, and splits and merges clusters as long as
-what is kept apart becomes more likely. Names and descriptions are the phrases with the largest
-class-based TF-IDF (Grootendorst 2022, arXiv 2203.05794). Which cluster a label means is remembered
-by its table; so these are the rules of one run, which makes its tables again from the beginning.
-A table of somebody else, which a dry run may have of a model, stands for the texts with the words
-of its labels.
+A table of labels stands for a spherical Gaussian mixture over embeddings, or over words that occur
+together where the encoder has no weights (`tnt_mixture.py`): `generate` fits one to a minibatch,
+`update` goes on with everything seen so far, and splits and merges clusters as long as what is kept
+apart becomes more likely. Names and descriptions are the phrases with the largest class-based
+TF-IDF (Grootendorst 2022, arXiv 2203.05794). Which cluster a label means is remembered by its
+table; so these are the rules of one run, which makes its tables again from the beginning. A table
+of somebody else, which a dry run may have of a model, stands for the texts with the words of its
+labels.
 """
 
 import functools
@@ -20,6 +21,7 @@ import numpy as np
 from jaxconv.llm.conversations import Turn
 from jaxconv.recipes.tnt_mixture import (
     Mixture,
+    distinct,
     fit_mixture,
     floor_of,
     nearest_pair,
@@ -85,7 +87,7 @@ class TopicRules:
 
     Args:
         texts: that may be asked about.
-        vectors: float32 [texts, D], their embeddings.
+        vectors: float32 [texts, D], what tells how near they are.
         among: indices of those that may be learned from, which those to test on are not.
         summaries: of what tables are made from: the text that each is of.
         seed: of k-means.
@@ -108,7 +110,7 @@ class TopicRules:
 
     @functools.cached_property
     def averaged(self) -> np.ndarray:
-        """float32 [texts, D], embeddings averaged with their nearest ones."""
+        """float32 [texts, D], vectors averaged with their nearest ones."""
         return smoothed(self._vectors, self._among)
 
     @functools.cached_property
@@ -135,7 +137,7 @@ class TopicRules:
     def generate(self, input: TableInput) -> Table:
         """The mixture whose number of clusters makes what is kept apart most likely."""
         rows = self._rows(input.documents)
-        most = min(input.max_labels, len(np.unique(self.averaged[rows], axis=0)))
+        most = min(input.max_labels, distinct(self.averaged[rows]))
         tried = sorted({most, *(max(2, round(most * s)) for s in (0.15, 0.3, 0.5, 0.75))})
         fitted = [(self._apart(rows, k), k) for k in tried if k <= most]
         best = max(fitted, key=lambda found: found[0])[1]
