@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import checkpoint_memory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_one_copy_of_the_weights_and_a_shard_are_the_most_it_takes():
     config = checkpoint_memory.reduced(256)

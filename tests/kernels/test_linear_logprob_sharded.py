@@ -96,7 +96,10 @@ print("same")
 
 @pytest.mark.parametrize(
     "axes, names, sizes",
-    [("tensor", ("data", "tensor"), (2, 4)), (("a", "b"), ("data", "a", "b"), (2, 2, 2))],
+    [
+        ("tensor", ("data", "tensor"), (2, 4)),
+        pytest.param(*(("a", "b"), ("data", "a", "b"), (2, 2, 2)), marks=pytest.mark.slow),
+    ],
     ids=["one axis", "two axes"],
 )
 def test_columns_on_each_device_under_shard_map(axes, names, sizes, run_program):
@@ -166,6 +169,7 @@ def test_whole_arrays_on_a_mesh_of_auto_axes(run_program):
     )
 
 
+@pytest.mark.slow
 def test_whole_arrays_on_a_mesh_of_explicit_axes(run_program):
     assert run_program(SETUP + MESH.replace("KIND", "Explicit") + EXPLICIT).strip() == "same"
 

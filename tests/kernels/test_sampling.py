@@ -120,7 +120,7 @@ def test_kept_set_log_probs_and_token_equal_the_sorting_oracle(data):
             assert got.flags[i] == 0 and got.threshold[i] == -np.inf
 
 
-@pytest.mark.parametrize("vocab", [SMALL, 1 << 18])
+@pytest.mark.parametrize("vocab", [SMALL, pytest.param(1 << 18, marks=pytest.mark.slow)])
 def test_a_row_does_not_depend_on_the_others(vocab):
     rows = 12  # of the larger vocabulary 8 are read at a time: the last 8 overlap the first
     x = jax.random.normal(jax.random.key(0), (rows, vocab)) * 2

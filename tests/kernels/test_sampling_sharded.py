@@ -1,5 +1,7 @@
 """`sample_sharded` on four devices: what `sample` gives on one, bit for bit."""
 
+import pytest
+
 PROGRAM = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
@@ -50,5 +52,6 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives(run_program):
     assert run_program(PROGRAM).strip() == "same"

@@ -73,6 +73,7 @@ def check(run_program, *cases):
         assert tokens == 8 * 2 * 32
 
 
+@pytest.mark.slow
 def test_arguments_and_outputs_are_exactly_those_of_the_live_arrays(run_program):
     check(
         run_program,

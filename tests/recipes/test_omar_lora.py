@@ -17,6 +17,7 @@ def adapted(tiny, tmp_path_factory):
     return workdir, done.stdout
 
 
+@pytest.mark.slow
 def test_the_export_differs_from_the_start_in_the_targets_alone(adapted):
     workdir, _ = adapted
     start = load_file(workdir / "artifacts" / "warm_start" / "model.safetensors")
@@ -27,6 +28,7 @@ def test_the_export_differs_from_the_start_in_the_targets_alone(adapted):
     assert json.loads((workdir / "report.json").read_text())["status"] == "done"
 
 
+@pytest.mark.slow
 def test_memory_and_checkpoints_are_those_of_an_adapter(adapted):
     workdir, said = adapted
     lines = [line for line in said.splitlines() if line.startswith("an update takes")]

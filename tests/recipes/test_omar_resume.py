@@ -36,6 +36,7 @@ def test_the_whole_recipe_leaves_what_it_promises(finished):
     assert "![Learning curves](curves.png)" in text and "## Cross-play, 2 players" in text
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_runs_end_as_undisturbed_ones(tiny, finished, tmp_path):
     workdir = tmp_path / "run"
     # A polite stop in the middle of the second iteration's conversations …

@@ -68,6 +68,7 @@ def embedded(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_it_is_above_every_baseline_and_below_the_ceiling(embedded):
     found = report(embedded)
     own, baselines = found["results"], found["baselines"]
@@ -89,6 +90,7 @@ def test_it_is_above_every_baseline_and_below_the_ceiling(embedded):
             assert number["n"] > 0 and (number["ci95"] or name == "accuracy/ceiling")
 
 
+@pytest.mark.slow
 def test_a_person_can_read_why(embedded):
     rows = scores(embedded)
     parts = Counter(row["part"] for row in rows.values())
@@ -122,6 +124,7 @@ def test_a_person_can_read_why(embedded):
     assert min(item["p"] for item in splits[0]["items"]) < 0.01
 
 
+@pytest.mark.slow
 def test_the_distilled_items_load_and_label(embedded):
     from jaxconv.models.text_classifier import load_text_classifier
 

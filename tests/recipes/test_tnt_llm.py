@@ -73,11 +73,22 @@ def embedded(tmp_path_factory) -> Path:
     """The workdir of the default, but for the number of conversations and classifiers."""
     workdir = tmp_path_factory.mktemp("tnt") / "run"
     options = ["--config.data.examples=700", "--config.classifier.method=logistic"]
-    options.append("--config.taxonomy.second_least=20")
     assert launch.main([CONFIG, f"--workdir={workdir}", *options]) == 0
     return workdir
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """The workdir of 240 conversations, in minibatches of 40."""
+    workdir = tmp_path_factory.mktemp("tnt") / "run"
+    options = ["--config.data.examples=240", "--config.classifier.method=logistic"]
+    options += ["--config.taxonomy.batch=40", "--config.taxonomy.second_least=15"]
+    options += ["--config.taxonomy.max_labels=8", "--config.judge.documents=20"]
+    assert launch.main([CONFIG, f"--workdir={workdir}", *options]) == 0
+    return workdir
+
+
+@pytest.mark.slow
 def test_it_finds_the_domains_better_than_k_means_and_random_is_random(embedded):
     found = report(embedded)
     own, baselines = found["results"], found["baselines"]
@@ -95,14 +106,14 @@ def test_it_finds_the_domains_better_than_k_means_and_random_is_random(embedded)
         assert all(number["ci95"] and number["n"] for number in found[kind].values())
 
 
-def test_tables_keep_their_size_and_all_documents_their_ids(embedded):
-    content = taxonomy(embedded)
-    assert all(1 <= len(step["labels"]) <= 25 for step in content["steps"])
+def test_tables_keep_their_size_and_all_documents_their_ids(small):
+    content = taxonomy(small)
+    assert all(1 <= len(step["labels"]) <= 8 for step in content["steps"])
     assert {step["kind"] for step in content["steps"]} == {"generate", "update", "review"}
     assert any(step["chosen"] is not None for step in content["steps"])
     names = {label["id"]: label["name"] for label in content["labels"]} | {0: "Other"}
-    rows = labels(embedded)
-    assert len(rows) == 700
+    rows = labels(small)
+    assert len(rows) == 240
     counts = Counter(row["primary"]["id"] for row in rows.values())
     for label in content["labels"]:
         assert label["primary"] == counts[label["id"]]
@@ -115,12 +126,10 @@ def test_tables_keep_their_size_and_all_documents_their_ids(embedded):
         assert row["primary"] in row["applicable"]
 
 
-def test_the_classifiers_load_and_label_a_file(embedded):
+def test_the_classifiers_load_and_label_a_file(small):
     for name in ("classifier", "classifier_all"):
-        classifier = load_text_classifier(embedded / "artifacts" / name)
-        assert set(classifier.classifier.labels) <= {
-            x["name"] for x in taxonomy(embedded)["labels"]
-        }
+        classifier = load_text_classifier(small / "artifacts" / name)
+        assert set(classifier.classifier.labels) <= {x["name"] for x in taxonomy(small)["labels"]}
         Path("texts.jsonl").write_text('{"text": "Make a plan for night trains."}\n' * 5)
         found = label_file(classifier, "texts.jsonl", f"{name}.jsonl")
         assert found.rows == 5 and found.errors == 0

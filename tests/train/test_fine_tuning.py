@@ -113,7 +113,7 @@ def assert_identical(one, other):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["whole", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_a_stage_learns_and_goes_on_bit_for_bit(kind, fit, tmp_path, monkeypatch):
     """Killed between two checkpoints, stopped in the next run, finished in the third."""
     config = CONFIGS[kind]()
