@@ -134,6 +134,17 @@ class Report:
         return "\n".join(parts)
 
 
+def cell(estimate: Estimate | None, *, with_n: bool = False) -> str:
+    """A number with an interval as a cell of a table, with how many things it is of if asked for;
+    nothing where there is none."""
+    if estimate is None:
+        return ""
+    low, high = estimate.ci95
+    return f"{estimate.value:.3f} [{low:.3f}, {high:.3f}]" + (
+        f" ({estimate.n:,})" if with_n else ""
+    )
+
+
 def print_summary(content: Mapping[str, Any], workdir: Workdir, *, name: str = "report") -> None:
     """Prints what `<name>.json` holds as a short table, and where the rest is."""
     if not workdir.is_writer:

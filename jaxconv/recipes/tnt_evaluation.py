@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxconv.evals.agreement import agreement
 from jaxconv.evals.clustering import clustering_agreement
+from jaxconv.evals.report import cell
 from jaxconv.evals.statistics import Estimate, bootstrap_mean, proportion
 from jaxconv.llm.conversations import Turn
 from jaxconv.recipes import tnt_rules
@@ -206,12 +207,4 @@ def _languages(found: Found, config, talks: Documents, mined: "Mined") -> None:
         nmi = None
         if len(with_known) > 1:
             nmi = clustering_agreement(*map(list, zip(*with_known, strict=True))).nmi
-        found.languages.append([language, *map(_cell, (covered, same, nmi))])
-
-
-def _cell(estimate: Estimate | None) -> str:
-    """With how many documents it is of."""
-    if estimate is None:
-        return ""
-    low, high = estimate.ci95
-    return f"{estimate.value:.3f} [{low:.3f}, {high:.3f}] ({estimate.n:,})"
+        found.languages.append([language, *(cell(x, with_n=True) for x in (covered, same, nmi))])

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxconv.evals.agreement import agreement
 from jaxconv.evals.clustering import clustering_agreement, majority_classes
+from jaxconv.evals.report import cell
 from jaxconv.evals.statistics import Estimate, proportion
 from jaxconv.recipes.tnt_classifiers import best_of, each
 from jaxconv.recipes.tnt_documents import Documents
@@ -209,10 +210,5 @@ def _columns(
             if two == "known":
                 found.results[f"kappa/{one}_known"] = kappa
     for one in labellers:
-        cells = (kappas.get(frozenset((one, two))) for two in labellers)
-        found.columns.append([one, *("" if k is None else _cell(k) for k in cells)])
-
-
-def _cell(kappa: Estimate) -> str:
-    low, high = kappa.ci95
-    return f"{kappa.value:.3f} [{low:.3f}, {high:.3f}] ({kappa.n:,})"
+        found_kappas = (kappas.get(frozenset((one, two))) for two in labellers)
+        found.columns.append([one, *(cell(k, with_n=True) for k in found_kappas)])
