@@ -286,7 +286,13 @@ def _changed_since(identity: dict[str, Any] | None, made_of: dict[str, str]) -> 
     before = (identity or {}).get("made_of")
     if before is None:
         return []
-    return [name for name, content in made_of.items() if before.get(name) != content]
+    changed = [name for name, content in made_of.items() if before.get(name) != content]
+    gone = [f"{name}, which is gone" for name in before if name not in made_of]
+    if gone and not any(name.startswith("the file") for name in made_of):
+        # There is nothing to run on; what there is to say is the report.
+        processes.say(f"the report is of what is no longer there: {'; '.join(gone)}")
+        return changed
+    return changed + gone
 
 
 def _check_flags(values: flags.FlagValues) -> None:

@@ -76,7 +76,9 @@ def weighted_scores(
     return Scores(
         *(
             with_repetitions(
-                Estimate(float(own_S.mean()), (float(low), float(high)), m, "rate"), own_S
+                Estimate(float(own_S.mean()), (float(low), float(high)), m, "rate"),
+                own_S,
+                within=(0.0, 1.0),
             )
             for own_S, low, high in zip(values_5S, *low_high, strict=True)
         )

@@ -47,8 +47,10 @@ def clustering_agreement(groups: Sequence[str], classes: Sequence[str]) -> Agree
     half = _NORMAL * np.sqrt((n - 1) * spread)
     return Agreement(
         *(
-            Estimate(float(v), (float(v - h), float(v + h)), n, unit)
-            for v, h, unit in zip(values, half, ("NMI", "ARI", "rate"), strict=True)
+            Estimate(float(v), (max(float(v - h), least), min(float(v + h), 1.0)), n, unit)
+            for v, h, unit, least in zip(
+                values, half, ("NMI", "ARI", "rate"), (0.0, -1.0, 0.0), strict=True
+            )
         )
     )
 

@@ -153,21 +153,24 @@ def mean_of_few(values: ArrayLike, *, unit: str) -> Estimate:
     return Estimate(mean, (mean - half, mean + half), n, unit)
 
 
-def with_repetitions(estimate: Estimate, values: ArrayLike) -> Estimate:
+def with_repetitions(
+    estimate: Estimate, values: ArrayLike, *, within: tuple[float, float]
+) -> Estimate:
     """An estimate whose interval is over units, widened by how much repetitions of it differ: the
     variances of both add up (units and repetitions are drawn apart).
 
     Args:
         estimate: of the mean over repetitions, which all measure the same units.
         values: of each repetition; a single one widens nothing.
+        within: the least and the largest that it can be.
     """
     if len(values) < 2:
         return estimate
     low, high = mean_of_few(values, unit=estimate.unit).ci95
     half, value = (high - low) / 2, estimate.value
     ends = (
-        value - float(np.hypot(value - estimate.ci95[0], half)),
-        value + float(np.hypot(estimate.ci95[1] - value, half)),
+        max(value - float(np.hypot(value - estimate.ci95[0], half)), within[0]),
+        min(value + float(np.hypot(estimate.ci95[1] - value, half)), within[1]),
     )
     return Estimate(value, ends, estimate.n, estimate.unit)
 

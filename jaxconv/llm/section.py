@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxconv import storage
 from jaxconv.data.fingerprint import fingerprint
+from jaxconv.data.rows import SUFFIXES
 from jaxconv.errors import Refused
 from jaxconv.llm.backends import local, openai
 from jaxconv.llm.backends.base import Backend
@@ -186,8 +187,17 @@ def made_of(tasks: Iterable[Task], *paths: str) -> dict[str, str]:
     found = {f"the prompt of {task.name}": task.prompt.version for task in tasks}
     for path in filter(None, paths):
         root = Path(path)
-        if not storage.is_url(path) and root.exists():
-            files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.is_file())
-            told = fingerprint(files, root)
-            found |= {f"the file {name}": content for name, content in told.items()}
+        if storage.is_url(path) or not root.exists():
+            continue
+        if root.is_file():
+            found[f"the file {root}"] = fingerprint([root], root)[root.name]
+            continue
+        prepared = (root / "dataset_info.json").is_file()
+        files = [
+            file
+            for file in sorted(root.rglob("*"))
+            if file.is_file() and (prepared or file.name.endswith(SUFFIXES))
+        ]
+        told = fingerprint(files, root)
+        found |= {f"the file {root / name}": content for name, content in told.items()}
     return found

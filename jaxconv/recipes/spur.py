@@ -39,12 +39,21 @@ from jaxconv.recipes.spur_rubrics import (
     score,
     tuned_threshold,
 )
-from jaxconv.recipes.spur_talks import LEAST, Split, Talks, domain_groups, labelled, splits_of
+from jaxconv.recipes.spur_talks import (
+    LEAST,
+    Split,
+    Talks,
+    domain_groups,
+    domain_of,
+    labelled,
+    splits_of,
+)
 from jaxconv.recipes.spur_tasks import DSAT, MAX_ITEMS, SAT, ItemScores
 from jaxconv.train import checks
 from jaxconv.train.workdir import Workdir
 
 MAY_CHANGE = section.MAY_CHANGE
+_REPETITIONS = 3  # of a control, at least
 
 
 def check(config) -> None:
@@ -63,10 +72,10 @@ def check(config) -> None:
             f"config.spur.rubric_items={config.spur.rubric_items}; it may be at most {MAX_ITEMS}, "
             "so that R lies between -100 and 100"
         )
-    if config.control.shuffles < 0 or config.control.shuffles == 1:
+    if config.control.shuffles not in (0, *range(_REPETITIONS, 1001)):
         raise Refused(
-            f"config.control.shuffles={config.control.shuffles}; it may be 0, or 2 and more for an "
-            "interval"
+            f"config.control.shuffles={config.control.shuffles}; it may be 0, or from "
+            f"{_REPETITIONS} to 1000: an interval needs some"
         )
     if not 0 <= config.data.noise <= 0.5:
         raise Refused(f"config.data.noise={config.data.noise}; it may be from 0 to 0.5")
@@ -198,10 +207,18 @@ def studied(config, asked: Asking, talks: Talks) -> Study:
         f"Left out, {learned[name]}." for name in learned if isinstance(learned[name], NoAnswer)
     ]
     chance = [
-        _predicted(asked, talks, splits[i % len(splits)].test, learned[name], name)
+        _by_chance(
+            *(asked, talks, splits[i % len(splits)].test, learned[name], name),
+            coins=np.random.default_rng((config.seed, i, 1)),
+        )
         for i, name in enumerate(shuffled)
         if not isinstance(learned[name], NoAnswer)
     ]
+    if config.data.domain and not moved:
+        notes.append(
+            f"No transfer between domains: config.data.domain={config.data.domain!r} gives no two "
+            f"groups with {LEAST} training conversations of each label."
+        )
     transfer = _transferred(config, asked, talks, splits[0], {k: learned[k] for k in moved})
     return Study(trials, first, chance, transfer, embeddings, encoder, notes)
 
@@ -245,26 +262,51 @@ def _predicted(
     return predict(points_of(scores, talks.ids, rubrics.items), rubrics.items, 0.0)
 
 
+def _by_chance(
+    asked: Asking,
+    talks: Talks,
+    indices: Sequence[int],
+    rubrics: Rubrics,
+    name: str,
+    *,
+    coins: np.random.Generator,
+) -> list[str | None]:
+    """As `_predicted`, but who shows nothing, or as much of both, is SAT or DSAT by a coin: with
+    labels that were dealt anew neither rubric is the one of those who show nothing."""
+    scores = _scored(asked, talks, indices, rubrics, name)
+    found = satisfaction_of(points_of(scores, talks.ids, rubrics.items), rubrics.items)
+    return [
+        None if r is None else (SAT, DSAT)[int(coin) if r == 0 else int(r < 0)]
+        for r, coin in zip(found, coins.integers(0, 2, len(found)), strict=True)
+    ]
+
+
 def _only(indices: Sequence[int], labels: Sequence[str | None]) -> list[str | None]:
     kept = set(indices)
     return [label if i in kept else None for i, label in enumerate(labels)]
 
 
 def _shuffled_parts(config, talks: Talks, splits: Sequence[Split]) -> dict[str, Part]:
-    """Training parts with the labels of other conversations of theirs, in turn of each split."""
+    """Training parts with labels that are dealt anew, in turn of each split: of the conversations
+    of each side one half gets either label. So nothing that is learned knows a side, not even which
+    of them is the larger."""
     parts = {}
     for i in range(config.control.shuffles):
         train = splits[i % len(splits)].train
-        labels = [talks.truth[k] for k in train]
-        np.random.default_rng((config.seed, i)).shuffle(labels)
-        parts[f"shuffled_{i}"] = Part(train, labels)
+        rng = np.random.default_rng((config.seed, i))
+        dealt = {}
+        for label in (SAT, DSAT):
+            own = rng.permutation([k for k in train if talks.truth[k] == label]).tolist()
+            first = int(rng.integers(2))
+            dealt |= {k: (SAT, DSAT)[(first + n) % 2] for n, k in enumerate(own)}
+        parts[f"shuffled_{i}"] = Part(train, [dealt[k] for k in train])
     return parts
 
 
 def _inside(config, talks: Talks) -> dict[str, set[int]]:
     """Conversations of each group of domains."""
     return {
-        name: {i for i, meta in enumerate(talks.meta) if str(meta.get(config.data.domain)) in own}
+        name: {i for i, meta in enumerate(talks.meta) if domain_of(config, meta) in own}
         for name, own in domain_groups(config, talks).items()
     }
 

@@ -97,7 +97,9 @@ def _against_baselines(report: Report, talks: Talks, study: "Study", *, seed: in
                 means.append(np.mean(list(differences.values())))
         if len(set(owners)) > 1:
             gain = bootstrap_mean(values, clusters=owners, seed=seed, unit="rate")
-            report.results[f"gain/accuracy_over_{name}"] = with_repetitions(gain, means)
+            report.results[f"gain/accuracy_over_{name}"] = with_repetitions(
+                gain, means, within=(-1.0, 1.0)
+            )
 
 
 def _silent(report: Report, study: "Study", tested: Sequence[int]) -> None:
@@ -131,13 +133,13 @@ def languages(report: Report, config, talks: Talks, study: "Study") -> None:
     rows = []
     for language in sorted({x for x in found if x}):
         own = [i for i, x in enumerate(found) if x == language]
-        if len(own) < _LEAST:
-            continue
         splits = [[trial.predicted["spur"][i] for i in own] for trial in study.trials]
         splits = [labels for labels in splits if any(labels)]
-        if splits:
-            scores = weighted_scores(splits, [talks.truth[i] for i in own], seed=config.seed)
-            rows.append([language, str(len(own)), cell(scores.f1), cell(scores.accuracy)])
+        if not splits:
+            continue
+        scores = weighted_scores(splits, [talks.truth[i] for i in own], seed=config.seed)
+        if scores.f1.n >= _LEAST:
+            rows.append([language, f"{scores.f1.n:,}", cell(scores.f1), cell(scores.accuracy)])
     if rows:
         report.sections["By language"] = "Of spur, threshold tuned.\n\n" + table(
             ["language", "conversations", "F1", "accuracy"], rows

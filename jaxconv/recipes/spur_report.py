@@ -17,7 +17,7 @@ from jaxconv.recipes.spur_analysis import (
     item_tests,
     satisfied_of,
 )
-from jaxconv.recipes.spur_talks import LEAST, Talks
+from jaxconv.recipes.spur_talks import Talks
 from jaxconv.recipes.spur_tasks import ItemScore, ItemScores
 from jaxconv.train import atomic
 from jaxconv.train.workdir import Workdir
@@ -202,20 +202,15 @@ def _notes(report: Report, config, asked: Asking, talks: Talks, study: "Study") 
     report.notes += study.notes
     if "balanced_accuracy/shuffled_labels" in report.baselines:
         report.notes.append(
-            f"Shuffled labels: {len(study.shuffled)} times rubrics are learned from labels of "
-            "others; the interval of balanced_accuracy/shuffled_labels is over these and over "
-            "conversations, and must cover 0.5, what guessing gets. Compare "
-            "balanced_accuracy/spur_threshold_0."
+            f"Shuffled labels: {len(study.shuffled)} times rubrics are learned from labels that "
+            "are dealt anew, one half of each side; who shows nothing is of either by a coin. The "
+            "interval of balanced_accuracy/shuffled_labels is over these and over conversations, "
+            "and must cover 0.5, what guessing gets. Compare balanced_accuracy/spur_threshold_0."
         )
     elif config.control.shuffles:
         report.notes.append(
             f"No control with shuffled labels: {len(study.shuffled)} of {config.control.shuffles} "
             "repetitions came to a result, and an interval needs 2 with both labels."
-        )
-    if not study.transfer and config.data.domain:
-        report.notes.append(
-            f"No transfer between domains: config.data.domain={config.data.domain!r} gives no two "
-            f"groups with {LEAST} training conversations of each label."
         )
     if report.results["scored"].value < 1:
         report.notes.append(

@@ -54,7 +54,7 @@ def extract(
 
 
 def _any_reasons(input: ExtractionInput) -> Patterns:
-    said = next(turn.content.strip() for turn in input.turns if turn.role == "user")
+    said = next(t.content.strip() for t in input.turns if t.role == "user" and t.content.strip())
     reason = Pattern(pattern="The user says what shows how content a user is.", quote=said[:60])
     return Patterns(patterns=[reason] * MAX_PATTERNS)
 
@@ -74,7 +74,7 @@ def summarise(
     if not patterns:
         raise NoAnswer(
             f"no reason for {SAT if satisfied else DSAT!r} was found in any training conversation; "
-            "a rubric needs one (more conversations: config.spur.train)"
+            "a rubric needs one (more conversations of both labels: config.data, config.spur.train)"
         )
     task = dataclasses.replace(SUMMARY, rules=cues.summarise)
     items: list[RubricItem] = []

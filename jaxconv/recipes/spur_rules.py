@@ -41,7 +41,7 @@ _PRIOR = 0.5  # occurrences of each reaction that the prior weighs, on average
 _REQUEST = 0.5  # more of its pairs of words stand in openings, then a sentence is a request
 _RARE = 0.05  # share of openings that a word is in, at most, to say what a request is about
 _ALIKE = 0.6  # so near to an example a sentence shows its item
-_TELLING = 0.5  # z of a pattern, at least
+_TELLING = 0.05  # z of a pattern, at least
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Conversations whose users' satisfaction is known, and how they are divided."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +77,7 @@ def labelled(config, quarantine: Quarantine) -> Talks:
             found = talk.meta.get(d.label)
             if is_rated:
                 found = dialogue_label(talk.meta["overall"], talk.meta["ratings"], d.neutral)
-            label = found if is_rated or not d.path else named.get(str(found))
+            label = found if is_rated or not d.path else named.get(_written(found))
             if label not in (SAT, DSAT):
                 why = f"label {found!r}" if found is not None else "without a label"
             elif not any(m.role == "user" and m.content.strip() for m in talk.messages):
@@ -87,12 +89,19 @@ def labelled(config, quarantine: Quarantine) -> Talks:
             left_out[why] = left_out.get(why, 0) + 1
     unread = {"that cannot be read": len(quarantine)} if len(quarantine) else {}
     _refuse_too_few(config, truth[:begin], left_out | unread)
-    if begin == len(taken):
-        raise Refused(f"config.data.test_path={d.test_path!r} holds no labelled conversation")
+    for label, field in ((SAT, "sat"), (DSAT, "dsat")):
+        if begin is not None and label not in truth[begin:]:
+            raise Refused(
+                f"config.data.test_path={d.test_path!r}: of {len(taken) - begin} conversations "
+                f"that are labelled none is {d[field]!r}"
+            )
     ids = [talk.id for talk in taken]
     if len(set(ids)) < len(ids):
         twice = next(id for id, count in Counter(ids).items() if count > 1)
-        raise Refused(f"two conversations have the id {twice!r}; every id may come once")
+        raise Refused(
+            f"two conversations have the id {twice!r}; every id may come once (rows without one "
+            "are called by the name of their file and their line)"
+        )
     return Talks(
         ids,
         [input_of(talk).turns for talk in taken],
@@ -101,6 +110,11 @@ def labelled(config, quarantine: Quarantine) -> Talks:
         left_out,
         frozenset(range(begin, len(taken))) if begin is not None else frozenset(),
     )
+
+
+def _written(found: Any) -> str:
+    """A label as a config names it: a string, or what JSON writes for it (true, 1)."""
+    return found if isinstance(found, str) else json.dumps(found)
 
 
 def _opened(config, field: str, quarantine: Quarantine) -> Sequence[Conversation]:
@@ -172,11 +186,15 @@ def splits_of(config, talks: Talks) -> list[Split]:
     return [Split(*(rng.permutation(part).tolist() for part in own)) for own in parts]
 
 
+def domain_of(config, meta: Mapping) -> str | None:
+    found = meta.get(config.data.domain)
+    return None if found is None else str(found)
+
+
 def domain_groups(config, talks: Talks) -> dict[str, set[str]]:
     """The domains in two groups, those with an odd place in the alphabet in the second."""
-    found = sorted(
-        {str(meta[config.data.domain]) for meta in talks.meta if config.data.domain in meta}
-    )
+    known = {domain_of(config, meta) for meta in talks.meta}
+    found = sorted(domain for domain in known if domain is not None)
     if len(found) < 2:
         return {}
     return {"first": set(found[::2]), "second": set(found[1::2])}

@@ -78,8 +78,11 @@ def documents(config, quarantine: Quarantine) -> Documents:
     ids = [id for id, _, _ in (*found, *apart)]
     if len(set(ids)) < len(ids):
         twice = next(id for id, count in Counter(ids).items() if count > 1)
-        raise Refused(f"two documents have the id {twice!r}; every id may come once")
-    if apart:
+        raise Refused(
+            f"two documents have the id {twice!r}; every id may come once (rows without one are "
+            "called by the name of their file and their line)"
+        )
+    if d.test_path or not d.path:
         test = list(range(len(found), len(ids)))
     else:
         order = np.random.default_rng(config.seed).permutation(len(ids))

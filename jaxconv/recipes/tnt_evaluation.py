@@ -58,9 +58,9 @@ def evaluated(config, asked: Asking, talks: Documents, mined: "Mined", light: "L
 
 def _judged(found: Found, config, asked: Asking, talks: Documents, mined: "Mined") -> None:
     """Forced choices between the assigned and a random other label, in both orders, and relevance;
-    and both again with the label of another document in the place of the assigned one: then a
-    judge who looks at the document, and not at which labels are frequent or sound well, is at a
-    half."""
+    and both again with another label, as often as documents have it, in the place of the assigned
+    one, against a third: then a judge who does not care which labels are frequent or sound well is
+    at a half."""
     if len(mined.labels) < 2:
         found.notes.append("No label_accuracy and no relevance: there is one label.")
         return
@@ -78,15 +78,24 @@ def _judged(found: Found, config, asked: Asking, talks: Documents, mined: "Mined
         )
         return
     given = [by_id[mined.assigned[talks.ids[i]].primary.id] for i in test]
-    # Each gets the label of the next in a random circle.
-    moved = dict(zip(test, [*given[1:], given[0]], strict=True))
 
-    def against_another(i: int, label: NumberedLabel):
-        others = [other for other in mined.labels if other.id != label.id]
-        return talks.turns[i], label, others[rng.integers(len(others))]
+    def another(than: Sequence[NumberedLabel], of: Sequence[NumberedLabel]) -> NumberedLabel | None:
+        ids = {label.id for label in than}
+        left = [label for label in of if label.id not in ids]
+        return left[rng.integers(len(left))] if left else None
 
-    pairs = {talks.ids[i]: against_another(i, label) for i, label in zip(test, given, strict=True)}
-    controls = {talks.ids[i]: against_another(i, moved[i]) for i in test}
+    pairs, controls = {}, {}
+    for i, own in zip(test, given, strict=True):
+        pairs[talks.ids[i]] = talks.turns[i], own, another([own], mined.labels)
+        moved = another([own], given)  # as often as documents have it
+        third = moved and another([own, moved], mined.labels)
+        if third:
+            controls[talks.ids[i]] = talks.turns[i], moved, third
+    if not controls:
+        found.notes.append(
+            "No label_accuracy/moved and no relevance/moved: they need three labels, and documents "
+            "with different ones."
+        )
     points, found.flips = _chosen(asked, config, pairs)
     _mean(found.results, "label_accuracy", points, config)
     points, _ = _chosen(asked, config, controls)

@@ -46,6 +46,7 @@ from jaxconv.train import checks
 from jaxconv.train.workdir import Workdir
 
 MAY_CHANGE = section.MAY_CHANGE
+_DOCUMENTS = 20  # that tables are made from, at least
 
 
 def check(config) -> None:
@@ -65,6 +66,11 @@ def check(config) -> None:
         | {"taxonomy.max_labels": 2, "taxonomy.second_labels": 0, "taxonomy.documents": 0}
         | {"taxonomy.second_least": 2, "judge.documents": 2, "data.examples": 20},
     )
+    if 0 < config.taxonomy.documents < _DOCUMENTS:
+        raise Refused(
+            f"config.taxonomy.documents={config.taxonomy.documents}; it may be 0 (all), or at "
+            f"least {_DOCUMENTS}"
+        )
     checks.below_one(config, ("data.test",))
     checks.fractions(config, ("data.stray",))
     if not config.taxonomy.use_case.strip():

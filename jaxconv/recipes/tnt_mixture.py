@@ -3,6 +3,7 @@ occur together where embeddings know no meaning; and a spherical Gaussian mixtur
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -122,19 +123,30 @@ def fit_mixture(
     x_ND: np.ndarray, rows: np.ndarray, start: int | np.ndarray, *, seed: int
 ) -> Mixture:
     """k-means of these rows, from so many clusters or from centers, as a mixture."""
-    from sklearn.cluster import KMeans
-
     own_MD = x_ND[rows]
-    if isinstance(start, int):
-        model = KMeans(start, n_init=4, random_state=seed)
-    else:
-        model = KMeans(len(start), init=start, n_init=1, random_state=seed)
-    model.fit(own_MD)
+    model = kmeans(own_MD, start, starts=4, seed=seed)
     weights = np.bincount(model.labels_, minlength=model.n_clusters) / len(rows)
     freedom = own_MD.size - (len(weights) - 1) * own_MD.shape[1]
     variance = max(float(model.inertia_ / freedom), 1e-8)
     centers = model.cluster_centers_.astype(np.float32)
     return Mixture(centers, weights, variance, floor_of(centers, own_MD), rows)
+
+
+def kmeans(x_ND: np.ndarray, start: int | np.ndarray, *, starts: int, seed: int) -> Any:
+    """scikit-learn's, fitted: so many clusters from the best of some starts, or from centers."""
+    import warnings
+
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    if isinstance(start, int):
+        model = KMeans(start, n_init=starts, random_state=seed)
+    else:
+        model = KMeans(len(start), init=start, n_init=1, random_state=seed)
+    with warnings.catch_warnings():
+        # Texts may be equal; a cluster that gets none stays where it began.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x_ND)
 
 
 def floor_of(centers_KD: np.ndarray, x_ND: np.ndarray) -> float:

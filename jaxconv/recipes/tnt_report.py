@@ -28,8 +28,8 @@ _MEANING = """\
 - labelled: documents with a valid answer; coverage: of these, with a label that is not Other.
 - label_accuracy: how often the label that was given is chosen before a random other one, in both
   orders of the two (an answer that changes with the order counts as half); relevance: how often the
-  label is said to fit. /moved is the same with the label of another document in its place. Of
-  documents to test on.
+  label is said to fit. /moved is the same with another label, that some other document has, in
+  its place, against a third. Of documents to test on.
 - …/classifier_assigned: the classifier against the labels that were given, of documents to test on
   whose label is not Other; exact: with all labels that apply the same.
 - nmi, ari, purity: labels against known classes, of the documents that the taxonomy was made from
@@ -246,7 +246,7 @@ def _notes(
     if nameless := sum(tnt_rules.is_placeholder(label.name) for label in mined.labels):
         report.notes.append(
             f"{nameless} of {len(mined.labels)} labels have no name: their documents have no "
-            "phrase of their own in Latin letters, and rules translate nothing."
+            "phrase of their own, or none in Latin letters; rules translate nothing."
         )
     report.notes += [*mined.notes, *found.notes]
     if asked.by_rules:

@@ -24,6 +24,7 @@ from jaxconv.recipes.tnt_mixture import (
     distinct,
     fit_mixture,
     floor_of,
+    kmeans,
     nearest_pair,
     nearness,
     smoothed,
@@ -249,8 +250,6 @@ class TopicRules:
 
     def _widest(self, mixture: Mixture, skipped: set[int]):
         """(the cluster whose texts lie farthest apart in sum, centers of its halves)."""
-        from sklearn.cluster import KMeans
-
         x_ND = self.averaged[mixture.seen]
         own = mixture.scores(x_ND).argmax(1)
         spread = np.bincount(
@@ -259,7 +258,7 @@ class TopicRules:
         for cluster in np.argsort(-spread):
             members = x_ND[own == cluster]
             if int(cluster) not in skipped and len(np.unique(members, axis=0)) >= 2:
-                halves = KMeans(2, n_init=2, random_state=self._seed).fit(members)
+                halves = kmeans(members, 2, starts=2, seed=self._seed)
                 return int(cluster), halves.cluster_centers_.astype(np.float32)
         return 0, None
 

@@ -17,6 +17,7 @@ from jaxconv.evals.statistics import (
     paired_difference,
     proportion,
     ratio,
+    with_repetitions,
 )
 
 
@@ -202,3 +203,13 @@ def test_the_mean_of_a_few_has_students_interval():
     assert found.ci95[1] - 0.5 == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-4)
     with pytest.raises(ValueError, match="1 values"):
         mean_of_few([1.0], unit="rate")
+
+
+def test_repetitions_widen_an_interval_within_its_bounds():
+    one = Estimate(0.5, (0.4, 0.6), 100, "rate")
+    assert with_repetitions(one, [0.5], within=(0, 1)) == one
+    assert with_repetitions(one, [0.5] * 5, within=(0, 1)).ci95 == pytest.approx(one.ci95)
+    half = np.diff(mean_of_few([0.4, 0.5, 0.6], unit="rate").ci95)[0] / 2
+    found = with_repetitions(one, [0.4, 0.5, 0.6], within=(0, 1))
+    assert found.ci95 == pytest.approx((0.5 - np.hypot(0.1, half), 0.5 + np.hypot(0.1, half)))
+    assert with_repetitions(one, [0.1, 0.9], within=(0, 1)).ci95 == (0, 1)

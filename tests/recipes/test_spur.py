@@ -24,9 +24,9 @@ from jaxconv.llm.conversations import input_of
 from jaxconv.recipes import spur, spur_rubrics, spur_tasks
 from jaxconv.recipes.asking import Asking
 from jaxconv.recipes.spur_rules import Cues
-from jaxconv.recipes.spur_talks import Talks, labelled
+from jaxconv.recipes.spur_talks import Split, Talks, labelled
 from jaxconv.recipes.spur_tasks import SCORING, ScoringInput
-from jaxconv.train.config import load
+from jaxconv.train.config import load, override
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -349,6 +349,72 @@ def calls_by_task() -> dict[str, int]:
         return {cost.task: cost.calls for cost in journal.costs()}
 
 
+@pytest.mark.parametrize("fewer", [0.25, 0.06])
+def test_the_control_is_at_chance_however_uneven_the_labels_are(fewer):
+    talks = satisfaction.conversations(0, 1000, noise=0.05)
+    sides = {x: [t for t in talks if t.meta["label"] == x] for x in ("sat", "dsat")}
+    kept = [*sides["sat"][:400], *sides["dsat"][: int(400 * fewer)]]
+    write_jsonl(Path("talks.jsonl"), kept)
+    options = ["--config.data.path=talks.jsonl", "--config.data.domain=", "--config.spur.splits=2"]
+    options += ["--config.spur.train=0.3", "--config.control.shuffles=6"]
+    assert launch.main([CONFIG, "--workdir=run", *options]) == 0
+    chance = report()["baselines"]["balanced_accuracy/shuffled_labels"]
+    assert chance["ci95"][0] <= 0.5 <= chance["ci95"][1] and abs(chance["value"] - 0.5) < 0.08
+    parts = spur._shuffled_parts(load_config(*options), talks_of(kept), [Split(range(50), [], [])])
+    for part in parts.values():  # labels that are dealt know nothing of the true ones
+        for label in ("sat", "dsat"):
+            own = [
+                d for d, i in zip(part.labels, part.train, strict=True) if truth(kept[i]) == label
+            ]
+            assert abs(own.count("sat") - own.count("dsat")) <= 1
+
+
+def truth(talk: Conversation) -> str:
+    return talk.meta["label"]
+
+
+def talks_of(kept) -> Talks:
+    return Talks([t.id for t in kept], [], [truth(t) for t in kept], [], {})
+
+
+def load_config(*options: str):
+    loaded = load(CONFIG.removeprefix("--config=")).config
+    override(loaded, list(options))
+    return loaded
+
+
+def test_what_is_tested_on_must_have_both_labels(capsys):
+    talks = satisfaction.conversations(0, 60)
+    write_jsonl(Path("talks.jsonl"), talks)
+    alone = [dataclasses.replace(t, id=f"x {t.id}") for t in talks if truth(t) == "sat"]
+    write_jsonl(Path("test.jsonl"), alone)
+    options = ["--config.data.path=talks.jsonl", "--config.data.test_path=test.jsonl"]
+    options += ["--config.spur.splits=2", "--config.spur.train=0.4"]
+    assert launch.main([CONFIG, "--workdir=run", *options]) == 2
+    assert "config.data.test_path='test.jsonl': of " in capsys.readouterr().err
+    both = [dataclasses.replace(t, id=f"x {t.id}") for t in satisfaction.conversations(90, 30)]
+    write_jsonl(Path("test.jsonl"), both)
+    assert launch.main([CONFIG, "--workdir=run", *options]) == 0
+    assert report()["results"]["accuracy/spur"]["n"] == 30
+
+
+def test_a_finished_run_notices_a_file_that_is_gone_from_its_folder(capsys):
+    talks = satisfaction.conversations(0, 90)
+    for name, own in (("a.jsonl", talks[:70]), ("inner/b.jsonl", talks[70:])):
+        (Path("data") / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(Path("data") / name, own)
+    Path("data/README.md").write_text("mine")
+    options = ["--config.data.path=data", "--config.spur.splits=1", "--config.spur.train=0.4"]
+    command = [CONFIG, "--workdir=run", *options, "--config.control.shuffles=0"]
+    assert launch.main(command) == 0 and len(scores()) == 90
+    Path("data/README.md").write_text("mine too")
+    assert launch.main(command) == 0
+    assert "changed since" not in capsys.readouterr().out
+    Path("data/inner/b.jsonl").unlink()
+    assert launch.main(command) == 0 and len(scores()) == 70
+    assert "the file data/inner/b.jsonl, which is gone" in capsys.readouterr().out
+
+
 def test_a_finished_run_notices_that_its_file_has_changed(capsys):
     talks = satisfaction.conversations(0, 90)
     write_jsonl(Path("talks.jsonl"), talks[:80])
@@ -360,7 +426,11 @@ def test_a_finished_run_notices_that_its_file_has_changed(capsys):
     assert launch.main(command) == 0 and len(scores()) == 90
     assert "changed since the last run: the file talks.jsonl" in capsys.readouterr().out
     Path("talks.jsonl").unlink()
+    capsys.readouterr()
     assert launch.main(command) == 0  # the report is still there
+    assert "the report is of what is no longer there: the file talks.jsonl" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_minibatch_without_an_answer_ends_the_run_by_name(server, monkeypatch):
@@ -421,7 +491,7 @@ def test_one_split_has_a_control_too_and_no_domains_are_told():
         ),
         (["--config.data.noise=0.7"], "config.data.noise=0.7; it may be from 0 to 0.5"),
         (["--config.spur.rubric_items=0"], "config.spur.rubric_items=0; it must be at least 1"),
-        (["--config.control.shuffles=1"], "config.control.shuffles=1; it may be 0, or 2 and more"),
+        (["--config.control.shuffles=2"], "config.control.shuffles=2; it may be 0, or from 3 to"),
         (["--config.spur.rubric_items=11"], "it may be at most 10, so that R lies between"),
         (["--config.encoder.path=nowhere"], "config.encoder: model path nowhere"),
         (
@@ -460,14 +530,14 @@ def test_labels_may_have_other_names_and_stand_in_openais_rows_under_meta():
     rows = [
         {
             "messages": [{"role": m.role, "content": m.content} for m in t.messages],
-            "meta": {"happy": int(t.meta["label"] == "sat"), "domain": t.meta["domain"]},
+            "meta": {"happy": t.meta["label"] == "sat", "domain": t.meta["domain"]},
         }
         for t in satisfaction.conversations(0, 80)
     ]
     Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load(CONFIG.removeprefix("--config=")).config
     config.data.path, config.data.label = "talks.jsonl", "happy"
-    config.data.sat, config.data.dsat = "1", "0"
+    config.data.sat, config.data.dsat = "true", "false"
     talks = labelled(config, Quarantine(Path("bad.jsonl")))
     assert talks.truth == [t.meta["label"] for t in satisfaction.conversations(0, 80)]
 

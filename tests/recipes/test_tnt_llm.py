@@ -340,6 +340,7 @@ def test_a_name_that_is_not_its_ids_is_an_error_and_never_other(server, monkeypa
         (["--config.data.path=no.csv"], "config.data.path='no.csv': no such file"),
         (["--config.data.path=texts.csv"], "config.data.text='text': texts.csv has no such column"),
         (["--config.data.test_path=x.csv"], "without config.data.path; give both or none"),
+        (["--config.taxonomy.documents=5"], "config.taxonomy.documents=5; it may be 0 (all), or"),
     ],
 )
 def test_what_cannot_work_is_refused(arguments, line, capsys):
@@ -397,13 +398,22 @@ def test_classes_that_are_known_of_test_documents_alone_are_compared_there():
     assert {"texts.csv:1", "test/texts.csv:1"} <= set(labels())
 
 
+def test_test_documents_that_all_say_nothing_are_refused_and_not_replaced(capsys):
+    Path("empty.csv").write_text("text,kind\n" + " ,late\n" * 9)
+    options = [f"--config.data.path={table_of('texts.csv', 12, kinds=True)}"]
+    options.append("--config.data.test_path=empty.csv")
+    assert launch.main([CONFIG, "--workdir=run", *TABLES, *options]) == 2
+    assert "0 to test on, besides 9 whose user says nothing" in capsys.readouterr().err
+
+
 def test_two_labels_are_judged_and_one_is_told_to_be_too_few():
     options = [f"--config.data.path={table_of('texts.csv', 12, kinds=True)}"]
     options += ["--config.taxonomy.max_labels=2", "--config.taxonomy.second_labels=0"]
     assert launch.main([CONFIG, "--workdir=run", *TABLES, *options]) == 0
     found = report()
     assert found["results"]["label_accuracy"]["n"] > 2
-    assert found["baselines"]["label_accuracy/moved"]["n"] > 2
+    assert "label_accuracy/moved" not in found["baselines"]
+    assert any("they need three labels" in note for note in found["notes"])
     Path("same.csv").write_text("text,kind\n" + "the same,x\n" * 30)
     options[0] = "--config.data.path=same.csv"
     assert launch.main([CONFIG, "--workdir=same", *TABLES, *options]) == 0
