@@ -41,7 +41,7 @@ _PRIOR = 0.5  # occurrences of each reaction that the prior weighs, on average
 _REQUEST = 0.5  # more of its pairs of words stand in openings, then a sentence is a request
 _RARE = 0.05  # share of openings that a word is in, at most, to say what a request is about
 _ALIKE = 0.6  # so near to an example a sentence shows its item
-_TELLING = 0.05  # z of a pattern, at least
+_TELLING = 0.5  # z of a pattern, at least, or half of the largest one where that is less
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class Cues:
         found = [{r.key for r in self.reactions(turns)} for turns in talks]
         self._odds, self._z = _log_odds(found, satisfied)
         self._letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
+        # Of a side that most users are on, nothing tells much.
+        largest = {sign: max((sign * z for z in self._z.values()), default=0.0) for sign in (1, -1)}
+        self._telling = {sign: min(_TELLING, z / 2) for sign, z in largest.items()}
         self._letters.fit([key for key in self._z if key != REPEATS] or ["nothing"])
         self._matrices: dict[tuple[str, ...], Any] = {}
 
@@ -104,7 +107,7 @@ class Cues:
         best: dict[str, tuple[float, Reaction]] = {}
         for reaction in self.reactions(input.turns):
             z = sign * self._z.get(reaction.key, 0.0)
-            if z >= _TELLING and z > best.get(reaction.key, (0.0,))[0]:
+            if z >= self._telling[sign] and z > best.get(reaction.key, (0.0,))[0]:
                 best[reaction.key] = z, reaction
         chosen = sorted(best.values(), key=lambda found: (-found[0], found[1].quote))
         return Patterns(
